@@ -1,0 +1,67 @@
+"""Any timm `features_only` model at the configured strides."""
+
+import timm
+from timm.models import FeatureListNet
+from torch import Tensor, nn
+
+from dfine.config import BackboneConfig, ConfigError
+
+
+class Backbone(nn.Module):
+    """Maps at the given strides; `channels`, `mean` and `std` are what timm says of the model.
+
+    Raises:
+        ConfigError: timm knows no such model, it lacks a stride, or its weights cannot be had.
+    """
+
+    def __init__(self, config: BackboneConfig, strides: tuple[int, ...]) -> None:
+        super().__init__()
+        body = _create(config)
+        reductions = body.feature_info.reduction()
+        missing = [stride for stride in strides if stride not in reductions]
+        if missing:
+            raise ConfigError(f"model.strides: {config.name} has strides {reductions}, but not {missing}")
+        self.indices = [reductions.index(stride) for stride in strides]
+        if self.indices[-1] + 1 < len(reductions):  # later stages would be parameters without a gradient
+            body = _create(config, out_indices=range(self.indices[-1] + 1))
+        body.set_grad_checkpointing(config.checkpointing) if config.checkpointing else None
+        self.body = body
+        self.channels = [body.feature_info.channels()[i] for i in self.indices]
+        pretrained_cfg = timm.get_pretrained_cfg(config.name)
+        self.mean = tuple(pretrained_cfg.mean) if pretrained_cfg else (0.485, 0.456, 0.406)  # ImageNet's
+        self.std = tuple(pretrained_cfg.std) if pretrained_cfg else (0.229, 0.224, 0.225)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) normalised -> a (B, channels, H / stride, W / stride) map for each stride."""
+        maps = self.body(images)
+        return [maps[i] for i in self.indices]
+
+
+def _create(config: BackboneConfig, **kwargs: object) -> FeatureListNet:
+    if config.weights:
+        kwargs["pretrained_cfg_overlay"] = {"file": config.weights}
+    try:
+        return timm.create_model(config.name, pretrained=config.pretrained, features_only=True, **kwargs)
+    except Exception as error:
+        raise ConfigError(_advice(config, error)) from error
+
+
+def _advice(config: BackboneConfig, error: Exception) -> str:
+    """What to do about a backbone that timm would not make."""
+    if not timm.is_model(config.name):
+        near = timm.list_models(f"*{config.name.split('.')[0]}*")[:5]
+        advice = f"; similar: {', '.join(near)}" if near else ""
+        return f"model.backbone.name: timm {timm.__version__} has no model {config.name!r}{advice}"
+    if not config.pretrained:
+        return f"model.backbone.name: timm cannot make {config.name} with features_only: {error}"
+    if config.weights:
+        return f"model.backbone.weights: cannot load {config.weights} into {config.name}: {error}"
+    pretrained_cfg = timm.get_pretrained_cfg(config.name)
+    source = pretrained_cfg and (pretrained_cfg.hf_hub_id or pretrained_cfg.url)
+    if not source:
+        return f"model.backbone.pretrained: timm has no weights for {config.name}; set it to false"
+    return (
+        f"model.backbone.pretrained: cannot get the weights of {config.name} ({type(error).__name__}: {error}). "
+        f"Without network, fetch model.safetensors of {source} on the Hugging Face hub elsewhere and name the file "
+        "with model.backbone.weights=PATH, or train from random weights with model.backbone.pretrained=false"
+    )

@@ -1,0 +1,47 @@
+"""What torchvision lacks or does otherwise: boxes as (cx, cy, w, h), overlaps without epsilons, element by element.
+
+All functions broadcast over the leading dimensions: `iou(a, b)` of two (K, 4) gives K numbers, and
+`iou(a[:, None], b)` gives all pairs. No epsilon is added, so an 8-pixel box has IoU 1 with itself.
+"""
+
+import torch
+from torch import Tensor
+
+
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """(..., 4) cxcywh -> (..., 4) xyxy. Negative widths and heights, which FDR can decode, count as 0."""
+    centre, size = boxes[..., :2], boxes[..., 2:].clamp(min=0)
+    return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
+
+
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """(..., 4) xyxy -> (..., 4) cxcywh. Sizes keep their sign."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([(low + high) / 2, high - low], dim=-1)
+
+
+def iou(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union of (..., 4) cxcywh boxes; at least one of the two must have an area. -> (...)"""
+    return iou_and_giou(a, b)[0]
+
+
+def iou_and_giou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU and generalised IoU (arXiv 1902.09630) of (..., 4) cxcywh boxes -> (...), (...)."""
+    a, b = cxcywh_to_xyxy(a), cxcywh_to_xyxy(b)
+    inner = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
+    outer = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
+    intersection = inner.clamp(min=0).prod(-1)
+    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - intersection
+    hull = outer.prod(-1)
+    overlap = intersection / union
+    return overlap, overlap - (hull - union) / hull
+
+
+def logit(fraction: Tensor) -> Tensor:
+    """Inverse sigmoid, finite: its argument is clamped 1e-5 inside (0, 1)."""
+    return torch.logit(fraction, eps=1e-5)
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """Half precision becomes fp32; fp32 and float64 stay. For boxes, softmax and losses under autocast."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

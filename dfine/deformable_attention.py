@@ -1,0 +1,90 @@
+"""Multi-scale deformable attention: each query reads the memory at a few points around its reference box."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfine.boxes import full_precision
+
+
+def deformable_attention(
+    value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor, points: tuple[int, ...]
+) -> Tensor:
+    """Weighted sum of bilinear samples (arXiv 2010.04159, Eq. 3; without its projections).
+
+    Args:
+        value: (B, S, heads, D / heads), levels one after the other, row-major inside a level.
+        shapes: height, width of each level.
+        locations: (B, Q, heads, P, 2) x, y; 0 and 1 are the outer borders of the map, outside it everything is 0.
+        weights: (B, Q, heads, P).
+        points: how many of the P points lie on each level, in order.
+    Returns:
+        (B, Q, D)
+    """
+    batch, _, heads, width = value.shape
+    levels = value.permute(0, 2, 3, 1).flatten(0, 1).split([h * w for h, w in shapes], dim=-1)
+    grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1).split(points, dim=2)
+    sampled = [
+        F.grid_sample(
+            level.unflatten(-1, shape), grid.to(level.dtype), align_corners=False
+        )  # (B heads, D / heads, Q, P_l)
+        for level, shape, grid in zip(levels, shapes, grids, strict=True)
+    ]
+    weights = weights.transpose(1, 2).flatten(0, 1)[:, None].to(value.dtype)  # (B heads, 1, Q, P)
+    attended = (torch.cat(sampled, dim=-1) * weights).sum(-1)  # (B heads, D / heads, Q)
+    return attended.view(batch, heads * width, -1).transpose(1, 2)
+
+
+class DeformableAttention(nn.Module):
+    """Offsets and weights come from the query; there is no value and no output projection.
+
+    A point lies at centre + offset * 0.5 * box size / points of its level; one softmax over the points of all levels.
+    """
+
+    point_scale: Tensor
+
+    def __init__(self, dim: int, heads: int, points: tuple[int, ...]) -> None:
+        super().__init__()
+        self.heads, self.points = heads, points
+        total = sum(points)
+        self.offsets = nn.Linear(dim, heads * total * 2)
+        self.weights = nn.Linear(dim, heads * total)
+        scale = torch.cat([torch.full((p, 1), 0.5 / p) for p in points])  # (P, 1)
+        self.register_buffer("point_scale", scale, persistent=False)
+        for layer in (self.offsets, self.weights):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        # Head h looks along its own direction; the k-th point of a level is k steps out, on a square.
+        angle = torch.arange(heads) * 2 * math.pi / heads
+        direction = torch.stack([angle.cos(), angle.sin()], dim=-1)  # (heads, 2)
+        direction = direction / direction.abs().amax(-1, keepdim=True)
+        steps = torch.cat([torch.arange(1, p + 1) for p in points])  # (P,)
+        with torch.no_grad():
+            self.offsets.bias.copy_((direction[:, None] * steps[:, None]).flatten())
+
+    def forward(
+        self,
+        query: Tensor,
+        reference: Tensor,
+        memory: Tensor,
+        shapes: list[tuple[int, int]],
+        valid_ratio: Tensor | None,
+    ) -> Tensor:
+        """
+        Args:
+            query: (B, Q, D). reference: (B, Q, 4) cxcywh, fractions of the page. memory: (B, S, D).
+            valid_ratio: (B, 2) width, height of the page as shares of the padded canvas; None: no padding.
+        """
+        batch, queries = query.shape[:2]
+        offsets = full_precision(self.offsets(query)).view(batch, queries, self.heads, -1, 2)  # (B, Q, heads, P, 2)
+        weights = (
+            full_precision(self.weights(query)).view(batch, queries, self.heads, -1).softmax(-1)
+        )  # (B, Q, heads, P)
+        centre, size = reference[:, :, None, None, :2], reference[:, :, None, None, 2:]  # (B, Q, 1, 1, 2)
+        locations = centre + offsets * self.point_scale * size  # (B, Q, heads, P, 2)
+        if valid_ratio is not None:
+            locations = locations * valid_ratio[:, None, None, None]
+        value = memory.unflatten(-1, (self.heads, -1))  # (B, S, heads, D / heads)
+        return deformable_attention(value, shapes, locations, weights, self.points)  # (B, Q, D)

@@ -1,0 +1,57 @@
+"""Hungarian matching of all heads at once: one cost tensor, one copy to the CPU."""
+
+import numpy as np
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from dfine.boxes import iou_and_giou
+from dfine.config import MatcherConfig
+from dfine.structures import Matches, Target
+
+
+@torch.no_grad()
+def matching_cost(logits: Tensor, boxes: Tensor, labels: Tensor, truth: Tensor, config: MatcherConfig) -> Tensor:
+    """Cost of giving a box of the page to a query: focal class cost (alpha .25, gamma 2), L1 and -GIoU, weighted.
+
+    Args:
+        logits: (..., Q, C). boxes: (..., Q, 4). labels: (..., T) int64. truth: (..., T, 4).
+    Returns:
+        (..., Q, T)
+    """
+    p = logits.sigmoid()
+    found = 0.25 * (1 - p) ** 2 * -(p + 1e-8).log()
+    missed = 0.75 * p**2 * -(1 - p + 1e-8).log()
+    index = labels[..., None, :].expand(*logits.shape[:-1], labels.shape[-1])  # (..., Q, T)
+    classes = (found - missed).gather(-1, index)
+    boxes, truth = boxes[..., :, None, :], truth[..., None, :, :]
+    l1 = (boxes - truth).abs().sum(-1)
+    giou = iou_and_giou(boxes, truth)[1]
+    return config.classes * classes + config.l1 * l1 - config.giou * giou
+
+
+def match(logits: Tensor, boxes: Tensor, targets: list[Target], config: MatcherConfig) -> Matches:
+    """Assigns to each head's queries the boxes of their page one to one, at the least total cost.
+
+    Args:
+        logits: (H, B, Q, C) of H heads. boxes: (H, B, Q, 4).
+    Returns:
+        On the CPU; `layer` is the head. Every box is matched once a head, unless a page has more boxes than queries.
+    Raises:
+        FloatingPointError: a cost is not finite; names head and image id.
+    """
+    labels = pad_sequence([target.labels for target in targets], batch_first=True)  # (B, T)
+    truth = pad_sequence([target.boxes for target in targets], batch_first=True, padding_value=1)  # (B, T, 4)
+    shape = (len(logits), *labels.shape)
+    costs = matching_cost(logits, boxes, labels.expand(shape), truth.expand(*shape, 4), config).cpu().numpy()
+    pairs: list[tuple[np.ndarray, ...]] = []
+    first = 0
+    for i, target in enumerate(targets):
+        for head, cost in enumerate(costs[:, i, :, : len(target.labels)]):
+            if not np.isfinite(cost).all():
+                raise FloatingPointError(f"matching cost of head {head} is not finite on image {target.image_id}")
+            query, box = linear_sum_assignment(cost)
+            pairs.append((np.full_like(query, head), np.full_like(query, i), query, box + first))
+        first += len(target.labels)
+    return Matches(*(torch.from_numpy(np.concatenate(column)) for column in zip(*pairs, strict=True)))

@@ -1,0 +1,108 @@
+"""The typed things that cross a module boundary, and the letters every shape comment uses.
+
+    B  pages in a batch               T  boxes of a page (it differs from page to page)
+    Q  queries                        C  classes
+    D  width of a token               L  decoder layers (always the leading dimension: layers are stacked)
+    N  bins of an edge distribution (N + 1 values W(0) .. W(N))
+    S  memory cells of all levels     H, W  height and width of an image or a map
+
+Boxes are (centre x, centre y, width, height) as fractions of the page's own height and width, before
+any padding, unless a name says otherwise (`xyxy`, `xywh`, `pixels`).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Target(NamedTuple):
+    """The truth of one page."""
+
+    labels: Tensor  # (T,) int64, contiguous from 0
+    boxes: Tensor  # (T, 4) cxcywh, fractions of the page
+    image_id: int  # the json's id
+    size: tuple[int, int]  # height, width of the original image in pixels
+
+    def to(self, device: torch.device) -> "Target":
+        return self._replace(labels=self.labels.to(device), boxes=self.boxes.to(device))
+
+
+class Batch(NamedTuple):
+    """Pages padded to one canvas: each page lies in the upper left corner."""
+
+    images: Tensor  # (B, 3, H, W) uint8 RGB, not normalised (the model does that)
+    sizes: Tensor  # (B, 2) int64: valid height, width in pixels
+    targets: list[Target]
+
+    def to(self, device: torch.device) -> "Batch":
+        targets = [target.to(device) for target in self.targets]
+        return Batch(self.images.to(device, non_blocking=True), self.sizes.to(device), targets)
+
+
+class Prediction(NamedTuple):
+    """One plain head."""
+
+    logits: Tensor  # (B, Q, C)
+    boxes: Tensor  # (B, Q, 4)
+
+
+class Refinement(NamedTuple):
+    """All decoder layers, stacked; in evaluation mode only the last one (L = 1)."""
+
+    logits: Tensor  # (L, B, Q, C)
+    boxes: Tensor  # (L, B, Q, 4)
+    edge_logits: Tensor  # (L, B, Q, 4, N + 1): left, top, right, bottom
+    initial_boxes: Tensor  # (B, Q, 4) the frame the edges are measured in, detached
+
+
+class Queries(NamedTuple):
+    """Where the matching queries start: everything a second model needs to ask the same questions."""
+
+    index: Tensor  # (B, Q) int64, memory cell
+    proposal: Tensor  # (B, Q, 4) reference box, detached
+
+
+class NoisedTruth(NamedTuple):
+    """Noised truth boxes that the denoising queries start from: `groups` times M positives, then M negatives."""
+
+    labels: Tensor  # (B, 2 M groups) int64; C in padded slots
+    boxes: Tensor  # (B, 2 M groups, 4); zero in padded slots
+    groups: int
+
+
+class Denoising(NamedTuple):
+    """Outputs of the denoising queries."""
+
+    refined: Refinement
+    initial: Prediction
+    queries: NoisedTruth
+
+
+class DFineOutput(NamedTuple):
+    refined: Refinement
+    queries: Queries
+    initial: Prediction | None = None  # layer 1's plain head; in training mode
+    encoder: Prediction | None = None  # the query-selection head; in training mode
+    denoising: Denoising | None = None  # where noised truth was passed in
+    shared: Refinement | None = None  # where another model's queries were passed in (distillation)
+
+
+class Matches(NamedTuple):
+    """Matched pairs as flat indices, all of the same length; `layer` is None where one assignment serves all."""
+
+    layer: Tensor | None
+    batch: Tensor
+    query: Tensor
+    target: Tensor  # into the concatenated targets of the batch
+
+    def to(self, device: torch.device) -> "Matches":
+        return Matches(*(None if index is None else index.to(device, non_blocking=True) for index in self))
+
+
+class Detections(NamedTuple):
+    """What is found on one page, best first."""
+
+    scores: Tensor  # (K,)
+    labels: Tensor  # (K,) int64
+    boxes: Tensor  # (K, 4) xyxy in pixels of the original image, clipped to it
