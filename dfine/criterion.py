@@ -60,8 +60,8 @@ def criterion(output: DFineOutput, targets: list[Target], w: Tensor, config: Los
         groups, slots = output.denoising.queries.groups, output.denoising.queries.labels.shape[1]
     fixed = denoising_matches(targets, groups)
 
-    counts = [len(truth.labels)] + [len(pairs.query), pages * queries - len(pairs.query)]
-    counts += [len(fixed.query), pages * slots - len(fixed.query)]
+    unmatched, noise_unmatched = pages * queries - len(pairs.query), pages * slots - len(fixed.query)
+    counts = [len(truth.labels), len(pairs.query), unmatched, len(fixed.query), noise_unmatched]
     total = distributed.sum_over_processes(torch.tensor(counts, device=device, dtype=w.dtype))
     share = total.clamp(min=1) / distributed.world_size()
     normalisers = Normalisers(share[0], share[1], share[1:3], total[1:3])

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from dfine.boxes import full_precision, logit
 from dfine.config import DecoderConfig
 from dfine.deformable_attention import DeformableAttention
-from dfine.fdr import LQE, decode, expectation, mlp, weighting_function, zero_last
+from dfine.fdr import LQE, decode, expectation, mlp, weighting_function, xavier, zero_last
 from dfine.structures import Prediction, Refinement
 
 
@@ -32,10 +32,8 @@ class DecoderLayer(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.cross_attention = DeformableAttention(dim, heads, points)
         self.gate = Gate(dim)
-        self.feedforward = mlp(dim, feedforward_dim, dim)
+        self.feedforward = xavier(mlp(dim, feedforward_dim, dim))
         self.norm2 = nn.LayerNorm(dim)
-        for linear in (self.feedforward[0], self.feedforward[-1]):
-            nn.init.xavier_uniform_(linear.weight)
 
     def forward(
         self,
@@ -71,7 +69,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(dim, config.heads, config.feedforward_dim, config.points) for _ in range(config.layers)
         )
-        self.position = mlp(4, 2 * dim, dim)
+        self.position = xavier(mlp(4, 2 * dim, dim))
         self.initial_box = zero_last(mlp(dim, dim, dim, 4))
         self.edge_heads = nn.ModuleList(
             zero_last(mlp(dim, dim, dim, 4 * (config.bins + 1))) for _ in range(config.layers)
@@ -79,8 +77,6 @@ class Decoder(nn.Module):
         self.class_heads = nn.ModuleList(class_head(dim, classes) for _ in range(config.layers))
         self.lqe = nn.ModuleList(LQE() for _ in range(config.layers))
         self.register_buffer("w", weighting_function(config.bins, config.a, config.c).float(), persistent=False)
-        for linear in (self.position[0], self.position[-1]):
-            nn.init.xavier_uniform_(linear.weight)
 
     def forward(
         self,

@@ -83,8 +83,16 @@ def mlp(*widths: int) -> nn.Sequential:
 
 def zero_last(layers: nn.Sequential) -> nn.Sequential:
     """The MLP, made to answer 0 until it is trained."""
-    nn.init.zeros_(layers[-1].weight)
-    nn.init.zeros_(layers[-1].bias)
+    for parameter in layers[-1].parameters():
+        nn.init.zeros_(parameter)
+    return layers
+
+
+def xavier(layers: nn.Sequential) -> nn.Sequential:
+    """The layers with Xavier-uniform weights."""
+    for parameter in layers.parameters():
+        if parameter.dim() > 1:
+            nn.init.xavier_uniform_(parameter)
     return layers
 
 

@@ -8,7 +8,7 @@ from dfine.boxes import cxcywh_to_xyxy, full_precision, logit
 from dfine.config import ModelConfig
 from dfine.decoder import Decoder, class_head
 from dfine.denoising import attention_mask
-from dfine.fdr import mlp, zero_last
+from dfine.fdr import mlp, xavier, zero_last
 from dfine.hybrid_encoder import ConvNorm, HybridEncoder
 from dfine.structures import Denoising, Detections, DFineOutput, NoisedTruth, Prediction, Queries, Refinement
 
@@ -37,7 +37,7 @@ class DFine(nn.Module):
             config.encoder.expansion,
         )
         self.projections = nn.ModuleList(
-            ConvNorm(encoder_dim, dim, 1) if encoder_dim != dim else nn.Identity() for _ in config.strides
+            xavier(ConvNorm(encoder_dim, dim, 1)) if encoder_dim != dim else nn.Identity() for _ in config.strides
         )
         self.selection = QuerySelection(dim, classes, config.strides, config.decoder.queries)
         self.denoising_labels = nn.Embedding(classes + 1, dim, padding_idx=classes)  # N(0, 1); row C is 0
@@ -45,9 +45,6 @@ class DFine(nn.Module):
         # Persistent: how pages are normalised travels with the weights.
         self.register_buffer("mean", torch.tensor(config.mean or self.backbone.mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(config.std or self.backbone.std).view(3, 1, 1))
-        for projection in self.projections:
-            if isinstance(projection, ConvNorm):
-                nn.init.xavier_uniform_(projection[0].weight)
 
     def forward(
         self,
@@ -65,7 +62,7 @@ class DFine(nn.Module):
         Returns:
             All heads in training mode; in evaluation mode only the last layer, as L = 1.
         """
-        canvas = images.shape[-2:]
+        canvas = (images.shape[-2], images.shape[-1])
         on_page, valid_ratio = None, None
         if sizes is not None:
             on_page = [cells_on_page(canvas, sizes, stride) for stride in self.strides]  # (B, cells) each
@@ -81,7 +78,7 @@ class DFine(nn.Module):
         places = (memory, shapes, valid_ratio)
 
         encoder, queries, tokens = self.selection(memory, shapes, sizes)
-        x, reference, mask, slots = gather(tokens, queries.index).detach(), queries.proposal, None, 0
+        x, reference, mask, slots = gather(tokens, queries.cells).detach(), queries.proposal, None, 0
         if noised is not None:
             slots = noised.labels.shape[1]
             mask = attention_mask(slots, noised.groups, x.shape[1], x.device)
@@ -95,7 +92,7 @@ class DFine(nn.Module):
             refined, initial = split(refined, initial, slice(slots, None))
         answers = None
         if shared is not None:
-            content = gather(tokens, shared.index).detach()
+            content = gather(tokens, shared.cells).detach()
             answers, _ = self.decoder(content, shared.proposal, *places, every_layer=self.training)
         return DFineOutput(refined, queries, initial, encoder if self.training else None, denoising, answers)
 
@@ -168,8 +165,9 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
 
 def split(refined: Refinement, initial: Prediction, part: slice) -> tuple[Refinement, Prediction]:
     """The given queries' share of what the decoder says."""
-    stacked = [x[:, :, part] for x in refined[:3]]
-    return Refinement(*stacked, refined.initial_boxes[:, part]), Prediction(*(x[:, part] for x in initial))
+    logits, boxes, edge_logits = (x[:, :, part] for x in refined[:3])
+    first = Prediction(initial.logits[:, part], initial.boxes[:, part])
+    return Refinement(logits, boxes, edge_logits, refined.initial_boxes[:, part]), first
 
 
 def detect(output: DFineOutput, sizes: list[tuple[int, int]], top: int = 300) -> list[Detections]:

@@ -59,7 +59,7 @@ class Refinement(NamedTuple):
 class Queries(NamedTuple):
     """Where the matching queries start: everything a second model needs to ask the same questions."""
 
-    index: Tensor  # (B, Q) int64, memory cell
+    cells: Tensor  # (B, Q) int64, places in the memory
     proposal: Tensor  # (B, Q, 4) reference box, detached
 
 
@@ -97,7 +97,8 @@ class Matches(NamedTuple):
     target: Tensor  # into the concatenated targets of the batch
 
     def to(self, device: torch.device) -> "Matches":
-        return Matches(*(None if index is None else index.to(device, non_blocking=True) for index in self))
+        layer = None if self.layer is None else self.layer.to(device, non_blocking=True)
+        return Matches(layer, *(index.to(device, non_blocking=True) for index in self[1:]))
 
 
 class Detections(NamedTuple):
