@@ -1,7 +1,9 @@
 """Any timm `features_only` model at the configured strides."""
 
+import difflib
+from typing import Any
+
 import timm
-from timm.models import FeatureListNet
 from torch import Tensor, nn
 
 from dfine.config import BackboneConfig, ConfigError
@@ -24,7 +26,8 @@ class Backbone(nn.Module):
         self.indices = [reductions.index(stride) for stride in strides]
         if self.indices[-1] + 1 < len(reductions):  # later stages would be parameters without a gradient
             body = _create(config, out_indices=range(self.indices[-1] + 1))
-        body.set_grad_checkpointing(config.checkpointing) if config.checkpointing else None
+        if config.checkpointing:
+            body.set_grad_checkpointing()
         self.body = body
         self.channels = [body.feature_info.channels()[i] for i in self.indices]
         pretrained_cfg = timm.get_pretrained_cfg(config.name)
@@ -37,7 +40,7 @@ class Backbone(nn.Module):
         return [maps[i] for i in self.indices]
 
 
-def _create(config: BackboneConfig, **kwargs: object) -> FeatureListNet:
+def _create(config: BackboneConfig, **kwargs: Any) -> Any:
     if config.weights:
         kwargs["pretrained_cfg_overlay"] = {"file": config.weights}
     try:
@@ -48,14 +51,19 @@ def _create(config: BackboneConfig, **kwargs: object) -> FeatureListNet:
 
 def _advice(config: BackboneConfig, error: Exception) -> str:
     """What to do about a backbone that timm would not make."""
+    architecture, _, tag = config.name.partition(".")
     if not timm.is_model(config.name):
-        near = timm.list_models(f"*{config.name.split('.')[0]}*")[:5]
+        near = timm.list_models(f"*{architecture}*")[:5]
+        near = near or difflib.get_close_matches(architecture, timm.list_models(), n=5)
         advice = f"; similar: {', '.join(near)}" if near else ""
         return f"model.backbone.name: timm {timm.__version__} has no model {config.name!r}{advice}"
+    tagged = timm.list_pretrained(f"{architecture}.*")
+    if tag and config.name not in tagged:
+        return f"model.backbone.name: timm {timm.__version__} has no {config.name!r}; known: {', '.join(tagged)}"
     if not config.pretrained:
         return f"model.backbone.name: timm cannot make {config.name} with features_only: {error}"
     if config.weights:
-        return f"model.backbone.weights: cannot load {config.weights} into {config.name}: {error}"
+        return f"model.backbone.weights: cannot load {config.weights} into {config.name}: {error!r}"
     pretrained_cfg = timm.get_pretrained_cfg(config.name)
     source = pretrained_cfg and (pretrained_cfg.hf_hub_id or pretrained_cfg.url)
     if not source:

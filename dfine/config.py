@@ -117,7 +117,8 @@ class AugmentConfig:
     perspective_p: float = 0.3
     perspective_scale: float = 0.04  # corners move by up to about this share of the page
     elastic_p: float = 0.2
-    elastic_alpha: float = 0.02  # displacement, as a share of the short edge
+    elastic_alpha: float = 300.0  # with this sigma, points move by some 4 pixels
+    elastic_sigma: float = 20.0  # pixels over which neighbours move together
     rotation_p: float = 0.3
     rotation_degrees: float = 5.0
     brightness_contrast_p: float = 0.2

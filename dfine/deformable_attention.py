@@ -26,10 +26,8 @@ def deformable_attention(
     batch, _, heads, width = value.shape
     levels = value.permute(0, 2, 3, 1).flatten(0, 1).split([h * w for h, w in shapes], dim=-1)
     grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1).split(points, dim=2)
-    sampled = [
-        F.grid_sample(
-            level.unflatten(-1, shape), grid.to(level.dtype), align_corners=False
-        )  # (B heads, D / heads, Q, P_l)
+    sampled = [  # (B heads, D / heads, Q, points of the level) each
+        F.grid_sample(level.unflatten(-1, shape), grid.to(level.dtype), align_corners=False)
         for level, shape, grid in zip(levels, shapes, grids, strict=True)
     ]
     weights = weights.transpose(1, 2).flatten(0, 1)[:, None].to(value.dtype)  # (B heads, 1, Q, P)
@@ -70,7 +68,7 @@ class DeformableAttention(nn.Module):
         reference: Tensor,
         memory: Tensor,
         shapes: list[tuple[int, int]],
-        valid_ratio: Tensor | None,
+        valid_ratio: Tensor | None = None,
     ) -> Tensor:
         """
         Args:
@@ -78,10 +76,9 @@ class DeformableAttention(nn.Module):
             valid_ratio: (B, 2) width, height of the page as shares of the padded canvas; None: no padding.
         """
         batch, queries = query.shape[:2]
-        offsets = full_precision(self.offsets(query)).view(batch, queries, self.heads, -1, 2)  # (B, Q, heads, P, 2)
-        weights = (
-            full_precision(self.weights(query)).view(batch, queries, self.heads, -1).softmax(-1)
-        )  # (B, Q, heads, P)
+        shape = (batch, queries, self.heads, sum(self.points))
+        offsets = full_precision(self.offsets(query)).view(*shape, 2)  # (B, Q, heads, P, 2)
+        weights = full_precision(self.weights(query)).view(shape).softmax(-1)  # (B, Q, heads, P)
         centre, size = reference[:, :, None, None, :2], reference[:, :, None, None, 2:]  # (B, Q, 1, 1, 2)
         locations = centre + offsets * self.point_scale * size  # (B, Q, heads, P, 2)
         if valid_ratio is not None:

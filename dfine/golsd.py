@@ -23,7 +23,8 @@ def union(matches: Matches, queries: int, last: int) -> Matches:
     boxes = int(matches.target.max()) + 1 if len(matches.target) else 1
     pair = (matches.batch * queries + matches.query) * boxes + matches.target
     pair, which = pair.unique(return_inverse=True)  # in order of page, query and target
-    vote = torch.where(matches.layer == last, 1.5, 1.0)  # the half decides ties and nothing else
+    vote = torch.ones(len(which))
+    vote[matches.layer == last] += 0.5  # the half decides ties and nothing else
     votes = torch.zeros(len(pair)).index_add(0, which, vote)
     order = votes.argsort(descending=True, stable=True)
     order = order[(pair[order] // boxes).argsort(stable=True)]  # each query's pairs together, most votes first

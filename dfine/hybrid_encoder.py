@@ -1,4 +1,4 @@
-"""The hybrid encoder: AIFI (self-attention on the coarsest map), then fusion top-down and bottom-up with GELAN blocks."""
+"""The hybrid encoder: AIFI (self-attention on the coarsest map), then top-down and bottom-up fusion by GELAN blocks."""
 
 import math
 

@@ -1,0 +1,265 @@
+"""A training run: its state, its folder, and one epoch of steps."""
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from dfine import checkpoint, distributed, optim
+from dfine import config as configs
+from dfine.checkpoint import CheckpointError
+from dfine.config import Config, ConfigError, TrainConfig
+from dfine.data import CocoPages, SyntheticPages, TrainBatches
+from dfine.model import DFine
+from dfine.structures import Batch
+
+Losses = Callable[[Batch], dict[str, Tensor]]
+
+
+class Run:
+    """Everything that changes while training, and the folder it is written to.
+
+    All randomness is a function of (seed, step, rank) or of (seed, epoch, page), and the schedule of the step: so the
+    weights, their average, the optimizer and the step are all there is to save.
+    """
+
+    LOG_EVERY = 10  # steps between points in TensorBoard
+
+    def __init__(
+        self, config: Config, categories: list[dict[str, Any]], model: DFine, device: torch.device, epoch_steps: int
+    ) -> None:
+        self.config, self.categories, self.device = config, categories, device
+        self.folder = Path(config.run_dir)
+        self.model = model
+        self.ema: ModelEmaV3 = optim.averaged(model, config.train)
+        self.optimizer = optim.adamw(model, config.train)
+        self.epoch_steps, self.step, self.best = epoch_steps, 0, -1.0
+        self.signalled, self.interrupted = False, False  # in this process; as agreed by all
+        self.since_evaluation: list[dict[str, float]] = []
+        self.board: SummaryWriter | None = None
+
+    @property
+    def last_step(self) -> int:
+        """Where the run ends; the schedule spans all epochs all the same."""
+        steps = self.config.train.epochs * self.epoch_steps
+        return min(steps, self.config.train.max_steps or steps)
+
+    @property
+    def done(self) -> bool:
+        return self.interrupted or self.step >= self.last_step
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens `every` so many steps (0: every epoch) and at the end happens now."""
+        return self.step % (every or self.epoch_steps) == 0 or self.step >= self.last_step
+
+    def open(self, resume: bool) -> None:
+        """Makes the folder and takes up the last saved step if there is one.
+
+        Raises:
+            ConfigError: the folder holds a run and `resume` is not set, or that run was of another shape.
+        """
+        last, previous = self.folder / "last.pt", self.folder / "previous.pt"
+        if not resume and (last.exists() or previous.exists()):
+            raise ConfigError(f"run_dir: {self.folder} holds a run; go on with it by --resume, or name another run_dir")
+        if last.exists() or previous.exists():
+            try:
+                self.load(last)
+            except CheckpointError as error:
+                say(f"{error}; going on from {previous}")
+                self.load(previous)
+            say(f"resumed {self.folder} at step {self.step} of {self.last_step}")
+        if distributed.is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.yaml").write_text(yaml.safe_dump(configs.to_dict(self.config), sort_keys=False))
+            self.forget_later_metrics()
+            self.board = SummaryWriter(str(self.folder), purge_step=self.step)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.interrupt)
+
+    def interrupt(self, number: int, _: Any) -> None:
+        """Ends the run after this step; the second signal ends it at once."""
+        self.signalled = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def load(self, path: Path) -> None:
+        content = checkpoint.read(path)
+        if content["epoch_steps"] != self.epoch_steps:
+            raise ConfigError(
+                f"{path}: had {content['epoch_steps']} steps an epoch, now {self.epoch_steps}: resume with the same pages, "
+                "data.batch_size, train.accumulate and number of processes"
+            )
+        if [c["name"] for c in content["categories"]] != [c["name"] for c in self.categories]:
+            raise ConfigError(f"{path}: has other categories than data.train.annotations")
+        try:
+            self.model.load_state_dict(content["model"])
+            self.ema.module.load_state_dict(content["ema"])
+            self.optimizer.load_state_dict(content["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(f"{path}: does not fit the model of this config: {error}") from error
+        self.step, self.best = content["step"], content["best"]
+
+    def save(self) -> None:
+        """Writes last.pt; the one before it stays as previous.pt."""
+        if distributed.is_main():
+            last = self.folder / "last.pt"
+            content = checkpoint.weights(self.config, self.categories, self.ema.module) | {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+                "best": self.best,
+                "epoch_steps": self.epoch_steps,
+            }
+            checkpoint.save(last, content, keep=self.folder / "previous.pt")
+        distributed.barrier()
+
+    def record(self, metrics: dict[str, Any]) -> None:
+        """Writes an evaluation: a line of metrics.jsonl, TensorBoard, and best.pt if it is the best so far."""
+        average = metrics["AP"] if metrics["AP"] is not None else 0.0
+        better, self.best = average > self.best, max(average, self.best)
+        if not distributed.is_main():
+            return
+        training = {key: float(np.mean([s[key] for s in self.since_evaluation])) for key in self.since_evaluation[0]} \
+            if self.since_evaluation else {}
+        line = {"step": self.step, "epoch": self.step / self.epoch_steps, **metrics, "train": training}
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        assert self.board is not None
+        for name, value in metrics.items():
+            if isinstance(value, float):
+                self.board.add_scalar(f"val/{name}", value, self.step)
+        for name, value in metrics["per_class"].items():
+            if value["AP"] is not None:
+                self.board.add_scalar(f"val_class/{name}", value["AP"], self.step)
+        if self.since_evaluation:
+            norms = np.array([s["gradient_norm"] for s in self.since_evaluation])
+            self.board.add_histogram("train/gradient_norm_histogram", norms, self.step)
+        self.since_evaluation.clear()
+        if better:
+            checkpoint.save(self.folder / "best.pt", checkpoint.weights(self.config, self.categories, self.ema.module))
+
+    def forget_later_metrics(self) -> None:
+        """Drops the lines of evaluations after the step that the run resumes from: they will be written again."""
+        path = self.folder / "metrics.jsonl"
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= self.step]
+            path.write_text("".join(f"{line}\n" for line in lines))
+
+
+def prepare(config: Config) -> None:
+    """Seeds and threads of this process."""
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    torch.manual_seed(config.train.seed)  # the same in every process: all start from the same weights
+
+
+def say(text: str) -> None:
+    """Prints on the main process only."""
+    if distributed.is_main():
+        tqdm.write(text)
+
+
+def check_categories(train: CocoPages | SyntheticPages, val: CocoPages | SyntheticPages) -> None:
+    """Raises ConfigError unless both mean the same by every label."""
+    if train.categories != val.categories:
+        raise ConfigError(
+            f"data.val.annotations: its categories {val.categories} are not those of data.train: {train.categories}"
+        )
+
+
+def parallel(model: DFine, config: TrainConfig, device: torch.device) -> nn.Module:
+    """The model as every process trains it: gradients are averaged over the processes."""
+    replica: nn.Module = model
+    if distributed.world_size() > 1:
+        if device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        replica = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    return torch.compile(replica, dynamic=True) if config.compile else replica
+
+
+def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
+    """bf16 on a GPU; what needs more (boxes, softmax, losses) raises itself to fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.bf16 and device.type == "cuda")
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of everything that torch draws in one step of this process."""
+    return int(np.random.SeedSequence([seed, step, distributed.rank()]).generate_state(1)[0])
+
+
+def train_epoch(run: Run, loader: DataLoader[Batch], sampler: TrainBatches, losses_of: Losses) -> Iterator[int]:
+    """Trains to the end of the current epoch (or of the run), yielding after every optimizer step.
+
+    Raises:
+        FloatingPointError: a loss or the gradient is not finite; names term, step and image ids. Nothing was changed.
+    """
+    config = run.config.train
+    epoch, start = divmod(run.step, run.epoch_steps)
+    sampler.set_position(epoch, start * config.accumulate)
+    batches = iter(loader)
+    last = min(run.last_step, (epoch + 1) * run.epoch_steps)
+    bar = tqdm(total=run.epoch_steps, initial=start, desc=f"epoch {epoch + 1}", unit="step", disable=not distributed.is_main())
+    with bar:
+        while run.step < last and not run.interrupted:
+            began = time.perf_counter()
+            torch.manual_seed(step_seed(config.seed, run.step))
+            trained = [next(batches) for _ in range(config.accumulate)]
+            values = optimize(run, [batch.to(run.device) for batch in trained], losses_of)
+            run.step += 1
+            pages = sum(len(batch.targets) for batch in trained) * distributed.world_size()
+            values["pages_per_second"] = pages / (time.perf_counter() - began)
+            values["padded_share"] = float(np.mean([padded_share(batch) for batch in trained]))
+            run.since_evaluation.append(values)
+            if run.board and run.step % run.LOG_EVERY == 0:
+                for name, value in values.items():
+                    run.board.add_scalar(f"train/{name}", value, run.step)
+            bar.update()
+            bar.set_postfix({key: f"{values[key]:.3g}" for key in ("loss", "vfl", "l1", "giou", "fgl", "pages_per_second")})
+            run.interrupted = distributed.any_process(run.signalled)
+            yield run.step
+
+
+def optimize(run: Run, batches: list[Batch], losses_of: Losses) -> dict[str, float]:
+    """One optimizer step over the batches' mean loss. Returns every term, the gradient norm and the learning rate."""
+    config = run.config.train
+    frozen = run.step < config.freeze_backbone_steps
+    run.model.train()
+    run.model.backbone.train(not frozen)
+    sums: dict[str, Tensor] = {}
+    for batch in batches:
+        terms = {name: term.sum() / len(batches) for name, term in losses_of(batch).items()}
+        total = torch.stack(list(terms.values())).sum()
+        total.backward()
+        for name, term in {"loss": total, **terms}.items():
+            sums[name] = sums.get(name, 0) + term.detach()
+    if frozen:
+        for parameter in run.model.backbone.parameters():
+            parameter.grad = None
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
+    values = dict(zip([*sums, "gradient_norm"], torch.stack([*sums.values(), norm]).tolist(), strict=True))
+    wrong = [name for name, value in values.items() if not np.isfinite(value)]
+    if wrong:
+        pages = [target.image_id for batch in batches for target in batch.targets]
+        raise FloatingPointError(f"step {run.step}: not finite: {', '.join(wrong)}; image ids {pages}")
+    rate = optim.learning_rate(run.step, config.epochs * run.epoch_steps, config)
+    optim.set_learning_rate(run.optimizer, rate)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    run.ema.update(run.model, run.step)
+    return values | {"learning_rate": rate}
+
+
+def padded_share(batch: Batch) -> float:
+    """The share of a batch's pixels that belong to no page."""
+    return 1 - float(batch.sizes.prod(1).sum()) / (len(batch.sizes) * batch.images.shape[-2] * batch.images.shape[-1])

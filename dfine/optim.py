@@ -1,0 +1,55 @@
+"""Parameter groups, the learning-rate schedule, and the averaged weights."""
+
+import math
+
+from timm.utils import ModelEmaV3
+from torch import nn, optim
+
+from dfine.config import TrainConfig
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
+    """Up to four groups: backbone or not, decayed or not (norms, biases and other vectors are not)."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        groups.setdefault((name.startswith("backbone."), parameter.dim() > 1), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "name": f"{'backbone' if backbone else 'head'}{'' if decayed else ', no decay'}",
+            "factor": config.backbone_factor if backbone else 1.0,
+            "weight_decay": config.weight_decay if decayed else 0.0,
+        }
+        for (backbone, decayed), parameters in groups.items()
+    ]
+
+
+def adamw(model: nn.Module, config: TrainConfig) -> optim.AdamW:
+    return optim.AdamW(parameter_groups(model, config), lr=config.learning_rate)
+
+
+def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
+    """Linear warm-up, then a cosine down to the minimum; a function of the step alone, so there is nothing to save.
+
+    Args:
+        step: optimizer steps done, from 0. steps: of the whole run.
+    """
+    warmup = round(config.warmup * steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    low = min(config.min_learning_rate, config.learning_rate)
+    return low + (config.learning_rate - low) * (1 + math.cos(math.pi * done)) / 2
+
+
+def set_learning_rate(optimizer: optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
+
+
+def averaged(model: nn.Module, config: TrainConfig) -> ModelEmaV3:
+    """Exponential moving average of weights and buffers.
+
+    While young it forgets faster: its decay is 1 - (1 + step)^-0.75, up to `ema_decay`.
+    """
+    return ModelEmaV3(model, decay=config.ema_decay, use_warmup=True, warmup_power=0.75)

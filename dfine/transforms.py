@@ -1,0 +1,162 @@
+"""From a file to the pixels a model sees: reading, resizing, augmenting, padding. The same in training and use.
+
+`python -m dfine.transforms --config FILE --out sheet.png` draws augmented training pages with their boxes.
+"""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from dfine.config import AugmentConfig
+from dfine.structures import Batch, Target
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for its newest version
+import albumentations as A  # noqa: E402
+
+cv2.setNumThreads(0)  # loader processes are the parallelism; OpenCV's own threads only fight with them
+
+WHITE = 255
+
+
+class PageError(ValueError):
+    """A page that cannot be used; the message names the file."""
+
+
+def read_page(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Reads an image as it should look on white paper.
+
+    16 bits become 8, transparency is laid on white, CMYK and greyscale become RGB, and the EXIF rotation is applied:
+    always without `size`, else only where it makes the image fit.
+
+    Args:
+        size: height, width that the image must have.
+    Returns:
+        (H, W, 3) uint8 RGB
+    Raises:
+        PageError: unreadable, truncated, or of another size.
+    """
+    try:
+        with Image.open(path) as image:
+            if size is None or (image.height, image.width) != size:
+                image = ImageOps.exif_transpose(image)
+            page = np.array(_on_white(image))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of these are Pillow's
+        raise PageError(f"{path}: cannot read the image: {error}") from error
+    if size is not None and page.shape[:2] != size:
+        found = f"{page.shape[1]}x{page.shape[0]}"
+        raise PageError(f"{path}: the image is {found} pixels, the annotations say {size[1]}x{size[0]}")
+    return page
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits, or what Pillow makes of them
+        pixels = np.asarray(image).astype(np.int64)
+        return Image.fromarray((pixels >> 8 if pixels.max() > 255 else pixels).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def fit(size: tuple[int, int], short_edge: int, long_edge: int) -> tuple[int, int]:
+    """The size of a page scaled so that its short edge is `short_edge`, or its long edge `long_edge` if that is less.
+
+    Args:
+        size: height, width.
+    """
+    scale = min(short_edge / min(size), long_edge / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def canvas_of(sizes: list[tuple[int, int]], stride: int) -> tuple[int, int]:
+    """The smallest height, width that holds all pages and is a multiple of the stride."""
+    height, width = (max(size[side] for size in sizes) for side in (0, 1))
+    return math.ceil(height / stride) * stride, math.ceil(width / stride) * stride
+
+
+def resize(page: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) -> (height, width, 3); area averaging when it shrinks, so that thin strokes stay grey."""
+    if page.shape[:2] == size:
+        return page
+    shrinks = size[0] < page.shape[0]
+    return cv2.resize(page, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+def pad(samples: list[tuple[np.ndarray, Target]], stride: int) -> Batch:
+    """Pages (h, w, 3) of any size -> a batch on the smallest common canvas, each in the upper left corner."""
+    sizes = [page.shape[:2] for page, _ in samples]
+    images = torch.zeros(len(samples), 3, *canvas_of(sizes, stride), dtype=torch.uint8)
+    for image, (page, _) in zip(images, samples, strict=True):
+        image[:, : page.shape[0], : page.shape[1]] = torch.from_numpy(page).permute(2, 0, 1)
+    return Batch(images, torch.tensor(sizes), [target for _, target in samples])
+
+
+class Elastic(A.ElasticTransform):
+    """Albumentations' elastic transform, but boxes follow points along their edges instead of a mask each."""
+
+    POINTS = 8  # along each edge of a box
+
+    def apply_to_bboxes(
+        self, bboxes: np.ndarray, map_x: np.ndarray, map_y: np.ndarray, shape: tuple[int, int], **params: Any
+    ) -> np.ndarray:
+        scale = np.array([shape[1], shape[0]], dtype=np.float64)
+        low, high = bboxes[:, None, 0:2] * scale, bboxes[:, None, 2:4] * scale  # (T, 1, 2) pixels
+        t = np.linspace(0, 1, self.POINTS)
+        ends = np.stack([np.zeros_like(t), np.ones_like(t)])
+        x = np.concatenate([t, t, *ends])  # upper and lower edge, then left and right
+        y = np.concatenate([*ends, t, t])
+        start = low + np.stack([x, y], axis=-1) * (high - low)  # (T, 4 POINTS, 2)
+        moved = start.copy()
+        for _ in range(4):  # the maps say where an output pixel came from; solve for where a point goes
+            column = moved[..., 0].round().astype(int).clip(0, shape[1] - 1)
+            row = moved[..., 1].round().astype(int).clip(0, shape[0] - 1)
+            came_from = np.stack([map_x[row, column] - column, map_y[row, column] - row], axis=-1)
+            moved = start - came_from
+        edges = np.concatenate([moved.min(1) / scale, moved.max(1) / scale], axis=-1)
+        return np.concatenate([edges, bboxes[:, 4:]], axis=-1)
+
+
+def augmentation(config: AugmentConfig) -> A.Compose:
+    """What may happen to a training page, in the order in which paper, camera and file format would do it."""
+    limit = config.brightness_contrast_limit
+    steps = [
+        Elastic(
+            alpha=config.elastic_alpha,
+            sigma=config.elastic_sigma,
+            approximate=True,
+            border_mode=cv2.BORDER_CONSTANT,
+            fill=WHITE,
+            p=config.elastic_p,
+        ),
+        A.Perspective(scale=(0, config.perspective_scale), fit_output=True, fill=WHITE, p=config.perspective_p),
+        A.Affine(rotate=(-config.rotation_degrees, config.rotation_degrees), fill=WHITE, p=config.rotation_p),
+        A.RandomBrightnessContrast(brightness_limit=limit, contrast_limit=limit, p=config.brightness_contrast_p),
+        A.GaussianBlur(blur_limit=0, sigma_limit=(0.3, 1.0), p=config.blur_p),
+        A.GaussNoise(std_range=(0.01, 0.05), per_channel=False, p=config.noise_p),
+        A.ImageCompression(quality_range=(40, 90), p=config.compression_p),
+    ]
+    boxes = A.BboxParams(format="pascal_voc", label_fields=["labels"], clip=True, filter_invalid_bboxes=True)
+    return A.Compose([step for step in steps if step.p > 0], bbox_params=boxes)
+
+
+def augment(
+    augmentation: A.Compose, page: np.ndarray, labels: np.ndarray, boxes: np.ndarray, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Applies an augmentation as the seed decides.
+
+    Args:
+        page: (H, W, 3) uint8. labels: (T,). boxes: (T, 4) xyxy pixels.
+    Returns:
+        page, labels, boxes of the same form; boxes that left the page are dropped.
+    """
+    augmentation.set_random_seed(seed)
+    result = augmentation(image=page, bboxes=boxes, labels=labels)
+    boxes = np.asarray(result["bboxes"], dtype=np.float64).reshape(-1, 4)
+    return result["image"], np.asarray(result["labels"], dtype=np.int64), boxes

@@ -1,0 +1,61 @@
+"""Trains a detector: `torchrun train.py --config configs/teacher.yaml [key=value ...]`, or plain `python train.py`."""
+
+import argparse
+import sys
+
+import torch
+
+from dfine import checkpoint, config, distributed, engine
+from dfine.criterion import criterion
+from dfine.data import evaluation_loader, open_source, train_loader
+from dfine.denoising import draw_noise, noised_truth
+from dfine.engine import Run, say
+from dfine.evaluation import evaluate
+from dfine.model import DFine
+from dfine.structures import Batch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, help="a YAML file of configs/")
+    parser.add_argument("--resume", action="store_true", help="go on from the run folder's last.pt, if there is one")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.batch_size=8")
+    arguments = parser.parse_args()
+    settings = config.load(arguments.config, arguments.overrides)
+
+    device = distributed.start()
+    engine.prepare(settings)
+    train_pages, val_pages = open_source(settings.data.train, "data.train"), open_source(settings.data.val, "data.val")
+    engine.check_categories(train_pages, val_pages)
+    batches, sampler = train_loader(train_pages, settings)
+    val_batches = evaluation_loader(val_pages, settings)
+
+    model = DFine(settings.model, len(train_pages.categories))
+    if settings.model.init_from:
+        say(checkpoint.initialise(model, settings.model.init_from, train_pages.categories))
+    run = Run(settings, train_pages.categories, model.to(device), device, len(sampler) // settings.train.accumulate)
+    run.open(arguments.resume)
+    replica = engine.parallel(model, settings.train, device)
+
+    def losses_of(batch: Batch) -> dict[str, torch.Tensor]:
+        noise = settings.model.denoising
+        drawn = draw_noise(batch.targets, noise.queries, model.classes)
+        noised = noised_truth(batch.targets, drawn, noise.queries, model.classes, noise.label_noise, noise.box_noise)
+        with engine.autocast(device, settings.train):
+            output = replica(batch.images, batch.sizes, noised)
+        return criterion(output, batch.targets, model.decoder.w, settings.loss)
+
+    while not run.done:
+        for _ in engine.train_epoch(run, batches, sampler, losses_of):
+            if run.due(settings.train.eval_every) and not run.interrupted:
+                run.record(evaluate(run.ema.module, val_batches, val_pages))
+            if run.due(settings.train.save_every) or run.interrupted:
+                run.save()
+    distributed.finish()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
