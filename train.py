@@ -10,7 +10,6 @@ from dfine.criterion import criterion
 from dfine.data import evaluation_loader, open_source, train_loader
 from dfine.denoising import draw_noise, noised_truth
 from dfine.engine import Run, say
-from dfine.evaluation import evaluate
 from dfine.model import DFine
 from dfine.structures import Batch
 
@@ -27,6 +26,7 @@ def main() -> None:
     engine.prepare(settings)
     train_pages, val_pages = open_source(settings.data.train, "data.train"), open_source(settings.data.val, "data.val")
     engine.check_categories(train_pages, val_pages)
+    say(engine.describe(train_pages, val_pages))
     batches, sampler = train_loader(train_pages, settings)
     val_batches = evaluation_loader(val_pages, settings)
 
@@ -48,7 +48,7 @@ def main() -> None:
     while not run.done:
         for _ in engine.train_epoch(run, batches, sampler, losses_of):
             if run.due(settings.train.eval_every) and not run.interrupted:
-                run.record(evaluate(run.ema.module, val_batches, val_pages))
+                run.evaluate(val_batches, val_pages)
             if run.due(settings.train.save_every) or run.interrupted:
                 run.save()
     distributed.finish()

@@ -112,7 +112,9 @@ def initialise(model: DFine, path: str, categories: list[dict[str, Any]]) -> str
     wrong = sorted((own.keys() ^ state.keys()) - set(anew))
     wrong += [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
     if wrong:
-        raise CheckpointError(f"{path}: does not fit this config's model at {', '.join(wrong[:5])} ({len(wrong)} in all)")
+        raise CheckpointError(
+            f"{path}: does not fit this config's model at {', '.join(wrong[:5])} ({len(wrong)} in all)"
+        )
     model.load_state_dict(state, strict=False)
     fresh = f"; start anew: {', '.join(anew)}" if anew else ""
     return f"{path} ({source}): loaded {len(state)} of {len(own)} tensors{fresh}"

@@ -67,13 +67,17 @@ class ModelConfig:
     init_from: str = ""  # start from the weights of a checkpoint; class heads start anew where the classes differ
 
     def __post_init__(self) -> None:
+        _require(len(self.strides) >= 1, "model.strides", "one or more")
         _require(len(self.decoder.points) == len(self.strides), "model.decoder.points", "one number a stride")
+        _require(min(self.decoder.points) >= 1, "model.decoder.points", "1 or more on each stride")
         _require(
             tuple(2 * s for s in self.strides[:-1]) == self.strides[1:], "model.strides", "each twice the one before"
         )
         _require(self.decoder.bins % 2 == 0 and self.decoder.bins >= 4, "model.decoder.bins", "even, 4 or more")
         _require(self.decoder.layers >= 1, "model.decoder.layers", "1 or more")
         _require(self.decoder.queries >= 1, "model.decoder.queries", "1 or more")
+        _require(self.decoder.heads >= 1, "model.decoder.heads", "1 or more")
+        _require(self.encoder.heads >= 1, "model.encoder.heads", "1 or more")
         _require(self.decoder.a > 0, "model.decoder.a", "positive")
         _require(self.decoder.c > 0, "model.decoder.c", "positive")
         _require(self.hidden_dim % self.decoder.heads == 0, "model.hidden_dim", "a multiple of model.decoder.heads")
@@ -100,6 +104,9 @@ class LossConfig:
     fgl: float = 0.15
     ddf: float = 1.5
     temperature: float = 5.0  # T of DDF
+
+    def __post_init__(self) -> None:
+        _require(self.temperature > 0, "loss.temperature", "positive")
 
 
 @dataclass(frozen=True)

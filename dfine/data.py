@@ -7,6 +7,7 @@ which process or worker loads it, and whether the run was interrupted, makes no 
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -33,6 +34,10 @@ class Source(Protocol):
 
     def ground_truth(self) -> dict[str, Any]:
         """The truth as a COCO dictionary, for evaluation."""
+        ...
+
+    def summary(self) -> str:
+        """Pages and boxes, for people."""
         ...
 
 
@@ -83,11 +88,18 @@ class CocoPages:
     def ground_truth(self) -> dict[str, Any]:
         return read_coco(self.annotations)
 
+    def summary(self) -> str:
+        boxes, pages = np.diff(self.first), len(self.ids)
+        text = f"{pages} pages of {self.annotations}, {len(self.boxes)} boxes"
+        text += f" ({boxes.mean():.1f} a page, at most {boxes.max()})"
+        if len(self.boxes):
+            width, height = np.median(self.boxes[:, 2:] - self.boxes[:, :2], axis=0)
+            text += f", median {width:.0f}x{height:.0f} pixels"
+        return f"{text}; {(boxes == 0).sum()} pages without boxes, {self.dropped} empty boxes dropped"
+
 
 class SyntheticPages:
     """Drawn pages of `dfine.synthetic`; page i is the same as in a folder written with the same seed."""
-
-    dropped = 0
 
     def __init__(self, pages: int, seed: int) -> None:
         self.seed = seed
@@ -102,6 +114,9 @@ class SyntheticPages:
     def ground_truth(self) -> dict[str, Any]:
         return synthetic.coco_dict(self.seed, len(self.ids))
 
+    def summary(self) -> str:
+        return f"{len(self.ids)} drawn pages of seed {self.seed}"
+
 
 def read_coco(path: Path) -> dict[str, Any]:
     """Reads and checks a COCO json; annotations are numbered anew from 1 and get what pycocotools needs.
@@ -115,7 +130,9 @@ def read_coco(path: Path) -> dict[str, Any]:
         raise PageError(f"{path}: cannot read the annotations ({error.strerror})") from error
     except ValueError as error:
         raise PageError(f"{path}: not JSON: {error}") from error
-    if not isinstance(coco, dict) or not all(isinstance(coco.get(k), list) for k in ("images", "annotations", "categories")):
+    if not isinstance(coco, dict) or not all(
+        isinstance(coco.get(k), list) for k in ("images", "annotations", "categories")
+    ):
         raise PageError(f"{path}: not COCO: needs the lists images, annotations and categories")
     for key in ("images", "categories"):
         if not coco[key]:
@@ -156,7 +173,7 @@ def _check(where: str, entry: Any, fields: dict[str, type]) -> None:
             raise PageError(f"{where}: {key} must be {kind.__name__}, found {entry.get(key)!r}")
 
 
-def open_source(pages: PagesConfig, key: str) -> CocoPages | SyntheticPages:
+def open_source(pages: PagesConfig, key: str) -> Source:
     """The pages that `data.train` or `data.val` (the key) names.
 
     Raises:
@@ -176,7 +193,7 @@ def open_source(pages: PagesConfig, key: str) -> CocoPages | SyntheticPages:
 class PageKey(NamedTuple):
     """What the sampler asks a worker for."""
 
-    index: int
+    page: int
     short_edge: int
     epoch: int
 
@@ -184,24 +201,24 @@ class PageKey(NamedTuple):
 class PageDataset(Dataset):
     """Reads, resizes and (in training) augments: PageKey -> page (h, w, 3) uint8 and its `Target`."""
 
-    def __init__(self, source: CocoPages | SyntheticPages, config: DataConfig, seed: int, training: bool) -> None:
+    def __init__(self, source: Source, config: DataConfig, seed: int, training: bool) -> None:
         self.source, self.config, self.seed = source, config, seed
         self.augmentation = augmentation(config.augment) if training else None
 
     def __getitem__(self, key: PageKey) -> tuple[np.ndarray, Target]:
-        page, labels, boxes = self.source.read(key.index)
+        page, labels, boxes = self.source.read(key.page)
         original = page.shape[:2]
         page = resize(page, fit(original, key.short_edge, self.config.max_long_edge))
         boxes = boxes * np.tile(np.array(page.shape[1::-1]) / original[::-1], 2)
         if self.augmentation is not None:
-            seed = int(np.random.SeedSequence([self.seed, key.epoch, key.index]).generate_state(1)[0])
+            seed = int(np.random.SeedSequence([self.seed, key.epoch, key.page]).generate_state(1)[0])
             page, labels, boxes = augment(self.augmentation, page, labels, boxes, seed)
         boxes = boxes / np.tile(page.shape[1::-1], 2)
         cxcywh = np.concatenate([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], axis=1)
         target = Target(
             torch.from_numpy(labels.copy()),
             torch.from_numpy(cxcywh.astype(np.float32)),
-            self.source.ids[key.index],
+            self.source.ids[key.page],
             (original[0], original[1]),
         )
         return page, target
@@ -257,21 +274,21 @@ def evaluation_batches(sizes: list[tuple[int, int]], config: DataConfig, stride:
     return batches[distributed.rank() :: distributed.world_size()]
 
 
-def train_loader(source: CocoPages | SyntheticPages, config: Config) -> tuple[DataLoader[Batch], TrainBatches]:
+def train_loader(source: Source, config: Config) -> tuple[DataLoader[Batch], TrainBatches]:
     """Batches of augmented pages, and the sampler that says which."""
     sampler = TrainBatches(source.sizes, config.data, config.train.seed, config.train.accumulate)
     return _loader(source, config, sampler, training=True), sampler
 
 
-def evaluation_loader(source: CocoPages | SyntheticPages, config: Config) -> DataLoader[Batch]:
+def evaluation_loader(source: Source, config: Config) -> DataLoader[Batch]:
     """Every page once over all processes."""
     batches = evaluation_batches(source.sizes, config.data, config.model.strides[-1])
     return _loader(source, config, batches, training=False)
 
 
-def _loader(source: CocoPages | SyntheticPages, config: Config, batches: Any, training: bool) -> DataLoader[Batch]:
+def _loader(source: Source, config: Config, batches: Any, training: bool) -> DataLoader[Batch]:
     return DataLoader(
-        PageDataset(source, config.data, config.train.seed, training),  # type: ignore[arg-type]
+        PageDataset(source, config.data, config.train.seed, training),
         batch_sampler=batches,
         collate_fn=Collate(config.model.strides[-1]),
         num_workers=config.data.workers,
@@ -280,10 +297,12 @@ def _loader(source: CocoPages | SyntheticPages, config: Config, batches: Any, tr
     )
 
 
-class Collate(NamedTuple):
+@dataclass(frozen=True)
+class Collate:
     """A picklable `pad` with its stride."""
 
     stride: int
 
     def __call__(self, samples: list[tuple[np.ndarray, Target]]) -> Batch:
-        return pad(samples, self.stride)
+        images, sizes = pad([page for page, _ in samples], self.stride)
+        return Batch(images, sizes, [target for _, target in samples])

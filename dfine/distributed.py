@@ -61,6 +61,13 @@ def gather(item: Any) -> list[Any]:
     return items
 
 
+def broadcast_buffers(module: torch.nn.Module) -> None:
+    """Gives every process the main process's buffers."""
+    if world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
+
+
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()

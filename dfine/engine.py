@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from PIL import Image
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,8 +22,11 @@ from dfine import checkpoint, distributed, optim
 from dfine import config as configs
 from dfine.checkpoint import CheckpointError
 from dfine.config import Config, ConfigError, TrainConfig
-from dfine.data import CocoPages, SyntheticPages, TrainBatches
+from dfine.data import Source, TrainBatches
+from dfine.evaluation import evaluate, table
 from dfine.model import DFine
+from dfine.pictures import grid
+from dfine.predict import beside_truth
 from dfine.structures import Batch
 
 Losses = Callable[[Batch], dict[str, Tensor]]
@@ -79,6 +83,8 @@ class Run:
             except CheckpointError as error:
                 say(f"{error}; going on from {previous}")
                 self.load(previous)
+                if distributed.is_main() and last.exists():
+                    last.replace(last.with_name("last.pt.broken"))  # so that it never becomes previous.pt
             say(f"resumed {self.folder} at step {self.step} of {self.last_step}")
         if distributed.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -97,8 +103,8 @@ class Run:
         content = checkpoint.read(path)
         if content["epoch_steps"] != self.epoch_steps:
             raise ConfigError(
-                f"{path}: had {content['epoch_steps']} steps an epoch, now {self.epoch_steps}: resume with the same pages, "
-                "data.batch_size, train.accumulate and number of processes"
+                f"{path}: had {content['epoch_steps']} steps an epoch, now {self.epoch_steps}: resume with the same "
+                "pages, data.batch_size, train.accumulate and number of processes"
             )
         if [c["name"] for c in content["categories"]] != [c["name"] for c in self.categories]:
             raise ConfigError(f"{path}: has other categories than data.train.annotations")
@@ -124,28 +130,33 @@ class Run:
             checkpoint.save(last, content, keep=self.folder / "previous.pt")
         distributed.barrier()
 
-    def record(self, metrics: dict[str, Any]) -> None:
-        """Writes an evaluation: a line of metrics.jsonl, TensorBoard, and best.pt if it is the best so far."""
-        average = metrics["AP"] if metrics["AP"] is not None else 0.0
+    def evaluate(self, batches: DataLoader[Batch], pages: Source) -> None:
+        """Measures the averaged model; writes metrics.jsonl, TensorBoard, a picture, and best.pt if it is the best."""
+        distributed.broadcast_buffers(self.ema.module)  # every process has its own batch-norm statistics
+        metrics = evaluate(self.ema.module, batches, pages, self.config.train.bf16)
+        average = metrics["AP"] or 0.0  # None: no boxes to find
         better, self.best = average > self.best, max(average, self.best)
-        if not distributed.is_main():
+        if self.board is None:
             return
-        training = {key: float(np.mean([s[key] for s in self.since_evaluation])) for key in self.since_evaluation[0]} \
-            if self.since_evaluation else {}
+        steps, self.since_evaluation = self.since_evaluation, []
+        training = {key: float(np.mean([step[key] for step in steps])) for key in steps[0]} if steps else {}
         line = {"step": self.step, "epoch": self.step / self.epoch_steps, **metrics, "train": training}
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
-        assert self.board is not None
-        for name, value in metrics.items():
-            if isinstance(value, float):
-                self.board.add_scalar(f"val/{name}", value, self.step)
-        for name, value in metrics["per_class"].items():
-            if value["AP"] is not None:
-                self.board.add_scalar(f"val_class/{name}", value["AP"], self.step)
-        if self.since_evaluation:
-            norms = np.array([s["gradient_norm"] for s in self.since_evaluation])
-            self.board.add_histogram("train/gradient_norm_histogram", norms, self.step)
-        self.since_evaluation.clear()
+        say(f"step {self.step}\n{table(metrics)}")
+
+        classes = {f"val_class/{name}": numbers["AP"] for name, numbers in metrics.pop("per_class").items()}
+        for name, value in ({f"val/{name}": value for name, value in metrics.items()} | classes).items():
+            if value is not None:
+                self.board.add_scalar(name, value, self.step)
+        if steps:
+            norms = np.array([step["gradient_norm"] for step in steps])
+            self.board.add_histogram("train/gradient_norm_before_clipping", norms, self.step)
+        picture = grid(
+            [beside_truth(self.ema.module, pages, i, self.config.data) for i in range(min(3, len(pages.ids)))], 1
+        )
+        (self.folder / "pictures").mkdir(exist_ok=True)
+        Image.fromarray(picture).save(self.folder / "pictures" / f"step_{self.step:07d}.png")
         if better:
             checkpoint.save(self.folder / "best.pt", checkpoint.weights(self.config, self.categories, self.ema.module))
 
@@ -170,12 +181,18 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
-def check_categories(train: CocoPages | SyntheticPages, val: CocoPages | SyntheticPages) -> None:
+def check_categories(train: Source, val: Source) -> None:
     """Raises ConfigError unless both mean the same by every label."""
     if train.categories != val.categories:
         raise ConfigError(
             f"data.val.annotations: its categories {val.categories} are not those of data.train: {train.categories}"
         )
+
+
+def describe(train: Source, val: Source) -> str:
+    """What is about to be trained on: pages, boxes and the category map, so that a mistake shows before it costs."""
+    labels = ", ".join(f"{label} {c['name']} (id {c['id']})" for label, c in enumerate(train.categories))
+    return f"train: {train.summary()}\nval: {val.summary()}\nlabels: {labels}"
 
 
 def parallel(model: DFine, config: TrainConfig, device: torch.device) -> nn.Module:
@@ -185,7 +202,9 @@ def parallel(model: DFine, config: TrainConfig, device: torch.device) -> nn.Modu
         if device.type == "cuda":
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         replica = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-    return torch.compile(replica, dynamic=True) if config.compile else replica
+    if config.compile:
+        replica.compile(dynamic=True)
+    return replica
 
 
 def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
@@ -209,7 +228,9 @@ def train_epoch(run: Run, loader: DataLoader[Batch], sampler: TrainBatches, loss
     sampler.set_position(epoch, start * config.accumulate)
     batches = iter(loader)
     last = min(run.last_step, (epoch + 1) * run.epoch_steps)
-    bar = tqdm(total=run.epoch_steps, initial=start, desc=f"epoch {epoch + 1}", unit="step", disable=not distributed.is_main())
+    bar = tqdm(
+        total=run.epoch_steps, initial=start, desc=f"epoch {epoch + 1}", unit="step", disable=not distributed.is_main()
+    )
     with bar:
         while run.step < last and not run.interrupted:
             began = time.perf_counter()
@@ -225,7 +246,9 @@ def train_epoch(run: Run, loader: DataLoader[Batch], sampler: TrainBatches, loss
                 for name, value in values.items():
                     run.board.add_scalar(f"train/{name}", value, run.step)
             bar.update()
-            bar.set_postfix({key: f"{values[key]:.3g}" for key in ("loss", "vfl", "l1", "giou", "fgl", "pages_per_second")})
+            bar.set_postfix(
+                {key: f"{values[key]:.3g}" for key in ("loss", "vfl", "l1", "giou", "fgl", "pages_per_second")}
+            )
             run.interrupted = distributed.any_process(run.signalled)
             yield run.step
 

@@ -15,10 +15,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dfine.config import AugmentConfig
-from dfine.structures import Batch, Target
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for its newest version
-import albumentations as A  # noqa: E402
+import albumentations as A
 
 cv2.setNumThreads(0)  # loader processes are the parallelism; OpenCV's own threads only fight with them
 
@@ -44,9 +43,8 @@ def read_page(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarr
     """
     try:
         with Image.open(path) as image:
-            if size is None or (image.height, image.width) != size:
-                image = ImageOps.exif_transpose(image)
-            page = np.array(_on_white(image))
+            turn = size is None or (image.height, image.width) != size
+            page = np.array(_on_white(ImageOps.exif_transpose(image) if turn else image))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of these are Pillow's
         raise PageError(f"{path}: cannot read the image: {error}") from error
     if size is not None and page.shape[:2] != size:
@@ -58,7 +56,9 @@ def read_page(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarr
 def _on_white(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits, or what Pillow makes of them
         pixels = np.asarray(image).astype(np.int64)
-        return Image.fromarray((pixels >> 8 if pixels.max() > 255 else pixels).clip(0, 255).astype(np.uint8)).convert("RGB")
+        return Image.fromarray((pixels >> 8 if pixels.max() > 255 else pixels).clip(0, 255).astype(np.uint8)).convert(
+            "RGB"
+        )
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -89,13 +89,17 @@ def resize(page: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(page, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
-def pad(samples: list[tuple[np.ndarray, Target]], stride: int) -> Batch:
-    """Pages (h, w, 3) of any size -> a batch on the smallest common canvas, each in the upper left corner."""
-    sizes = [page.shape[:2] for page, _ in samples]
-    images = torch.zeros(len(samples), 3, *canvas_of(sizes, stride), dtype=torch.uint8)
-    for image, (page, _) in zip(images, samples, strict=True):
+def pad(pages: list[np.ndarray], stride: int) -> tuple[Tensor, Tensor]:
+    """Lays pages (h, w, 3) of any size on the smallest common canvas, each in the upper left corner.
+
+    Returns:
+        images (B, 3, H, W) uint8, and sizes (B, 2) int64: h, w of each page
+    """
+    sizes = [page.shape[:2] for page in pages]
+    images = torch.zeros(len(pages), 3, *canvas_of(sizes, stride), dtype=torch.uint8)
+    for image, page in zip(images, pages, strict=True):
         image[:, : page.shape[0], : page.shape[1]] = torch.from_numpy(page).permute(2, 0, 1)
-    return Batch(images, torch.tensor(sizes), [target for _, target in samples])
+    return images, torch.tensor(sizes)
 
 
 class Elastic(A.ElasticTransform):
@@ -160,3 +164,36 @@ def augment(
     result = augmentation(image=page, bboxes=boxes, labels=labels)
     boxes = np.asarray(result["bboxes"], dtype=np.float64).reshape(-1, 4)
     return result["image"], np.asarray(result["labels"], dtype=np.int64), boxes
+
+
+def main() -> None:
+    """Draws a contact sheet of the first training batches as the model gets them."""
+    import argparse
+
+    from dfine import config, pictures
+    from dfine.boxes import cxcywh_to_xyxy
+    from dfine.data import open_source, train_loader
+
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--config", required=True, help="a YAML file of configs/")
+    parser.add_argument("--out", required=True, type=Path, help="picture to write")
+    parser.add_argument("--pages", type=int, default=12, help="at least so many pages (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_args()
+    settings = config.load(arguments.config, arguments.overrides)
+    source = open_source(settings.data.train, "data.train")
+    names = [category["name"] for category in source.categories]
+
+    drawn: list[np.ndarray] = []
+    for batch in train_loader(source, settings)[0]:
+        for image, (height, width), target in zip(batch.images, batch.sizes.tolist(), batch.targets, strict=True):
+            page = image[:, :height, :width].permute(1, 2, 0).contiguous().numpy()
+            boxes = cxcywh_to_xyxy(target.boxes) * torch.tensor([width, height, width, height])
+            drawn.append(pictures.draw(page, target.labels.numpy(), boxes.numpy(), names))
+        if len(drawn) >= arguments.pages:
+            break
+    Image.fromarray(pictures.grid(drawn, columns=6)).save(arguments.out)
+
+
+if __name__ == "__main__":
+    main()

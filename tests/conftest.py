@@ -1,0 +1,72 @@
+"""Recorded numbers of the original implementation for the tests that compare with them.
+
+A test marked `golden(files, part)` runs once for each file that fits the pattern, from tests/golden/ or from the folder
+of `pytest --golden DIR`; a file that tests/golden/ has and DIR lacks is a failure, and so is an expected result that
+the test leaves uncompared. With `-v` the largest deviation of each part is printed at the end.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from recorded import Deviation, Golden
+from torch import Tensor
+
+SHIPPED = Path(__file__).parent / "golden"
+DEVIATIONS = pytest.StashKey[dict[str, Deviation]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    help = "recorded numbers of the original to compare with, in files named as in tests/golden"
+    parser.addoption("--golden", type=Path, default=SHIPPED, metavar="DIR", help=help)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[DEVIATIONS] = {}
+    config.addinivalue_line("markers", "golden(files, part): runs on recorded files; part: its line in the table")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    marker = metafunc.definition.get_closest_marker("golden")
+    if marker is not None:
+        folders = (SHIPPED, metafunc.config.getoption("golden"))
+        names = sorted({path.name for folder in folders for path in folder.glob(marker.args[0])})
+        metafunc.parametrize("golden", names, indirect=True, ids=lambda name: Path(name).stem)
+
+
+@pytest.fixture(scope="session")
+def golden_folder(request: pytest.FixtureRequest) -> Path:
+    return request.config.getoption("golden")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest, golden_folder: Path) -> Iterator[Golden]:
+    """The recorded file of this run of a marked test."""
+    part, test = request.node.get_closest_marker("golden").args[1], request.node.originalname
+    file = Golden(golden_folder / request.param, part, test, request.config.stash[DEVIATIONS])
+    failed = request.session.testsfailed
+    yield file
+    if request.session.testsfailed == failed:
+        assert not file.uncompared, f"{file.path}: not compared: {', '.join(sorted(file.uncompared))}"
+
+
+@pytest.fixture(scope="session")
+def nano_checkpoint(golden_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The original's D-FINE-N as the original saves it, from the recorded weights."""
+    state: dict[str, Tensor] = {}
+    for name in sorted(path.name for path in SHIPPED.glob("15_n_weights_part*.npz")):
+        state |= Golden(golden_folder / name).state("sd.")
+    path = tmp_path_factory.mktemp("official") / "dfine_n_coco.pth"
+    torch.save({"model": state}, path)
+    return path
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """The table, in Markdown."""
+    deviations = config.stash[DEVIATIONS]
+    if deviations and config.option.verbose > 0:
+        terminalreporter.section("largest deviation from the original")
+        terminalreporter.line("| part | largest deviation | among numbers up to | test |\n|---|---|---|---|")
+        for part, worst in deviations.items():
+            terminalreporter.line(f"| {part} | {worst.largest:.1e} | {worst.magnitude:.2g} | `{worst.test}` |")
