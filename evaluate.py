@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, type=Path, help="best.pt or last.pt of a run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.val.images=pages/test")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     model, settings, categories = checkpoint.load_model(arguments.checkpoint)
     settings = config.override(settings, [f"run_dir={arguments.checkpoint.parent}", *arguments.overrides])
 

@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="a YAML file of configs/")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's last.pt, if there is one")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.batch_size=8")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     settings = config.load(arguments.config, arguments.overrides)
 
     device = distributed.start()

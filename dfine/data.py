@@ -139,6 +139,10 @@ def read_coco(path: Path) -> dict[str, Any]:
             raise PageError(f"{path}: holds no {key}")
     pages = _by_id(path, coco["images"], "images", {"id": int, "file_name": str, "width": int, "height": int})
     categories = _by_id(path, coco["categories"], "categories", {"id": int, "name": str})
+    for number, page in enumerate(coco["images"]):
+        for side in ("width", "height"):
+            if page[side] < 1:
+                raise PageError(f"{path}: images[{number}]: {side} must be 1 or more, found {page[side]}")
     for number, annotation in enumerate(coco["annotations"]):
         where = f"{path}: annotations[{number}]"
         _check(where, annotation, {"image_id": int, "category_id": int, "bbox": list})

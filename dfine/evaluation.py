@@ -68,7 +68,7 @@ def finite_on_cpu(found: Detections, page: str) -> Detections:
     Raises:
         FloatingPointError: a score or a box is not finite; names the page.
     """
-    found = Detections(*(x.cpu() for x in found))
+    found = Detections(*(x.cpu().clone() for x in found))  # no view: that would keep and send the whole batch
     if not (found.scores.isfinite().all() and found.boxes.isfinite().all()):
         raise FloatingPointError(f"{page}: a detection is not finite")
     return found

@@ -5,8 +5,8 @@
 or `model.init_from=dfine_l_coco.pth` in a config. Architecture and weights come from the checkpoint's tensors, the
 backbone is timm's HGNetV2. Whatever is left over on either side stops the reading and is named.
 
-The original feeds images in [0, 1] as they are: mean 0, std 1. It freezes the batch norms (of L and X, the stem too)
-of its backbones while training; here they are ordinary ones, which in evaluation mode is the same.
+The original feeds images in [0, 1] as they are: mean 0, std 1. While training it freezes the backbone's stem and batch
+norms of L and X; here they are ordinary ones, which in evaluation mode is the same.
 """
 
 import re
@@ -102,7 +102,8 @@ def load(path: str | Path, classes: int | None = None) -> DFine:
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if not is_official(checkpoint):
         raise ValueError(f"{path}: not a checkpoint of the original implementation")
-    model = DFine(model_config(checkpoint), classes or len(_weights(checkpoint)["decoder.enc_score_head.weight"]))
+    trained_on = _rows(_weights(checkpoint), "decoder.enc_score_head.weight")
+    model = DFine(model_config(checkpoint), classes or trained_on)
     state, anew = convert(checkpoint, model)
     model.load_state_dict(state, strict=False)
     if anew:
@@ -123,7 +124,7 @@ def convert(checkpoint: dict[str, Any], model: DFine) -> tuple[State, list[str]]
     theirs = _weights(checkpoint)
     own = model.state_dict()
     names = {name: our_name(name) for name in theirs if not DERIVED.search(name)}
-    differ = len(theirs["decoder.enc_score_head.weight"]) != model.selection.class_head.out_features
+    differ = _rows(theirs, "decoder.enc_score_head.weight") != model.selection.class_head.out_features
     anew = [name for name in own if differ and CLASSES.search(name)]
 
     state = {name: tensor for name, tensor in own.items() if name.endswith(COUNTER)}

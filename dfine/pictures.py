@@ -34,10 +34,10 @@ def draw(
         torch.from_numpy(boxes[backwards].copy()),
         captions[backwards],
         [colour(int(label)) for label in labels[backwards]],
-        width=1 + long_edge // 600,
+        width=1 + long_edge // 800,
         # torchvision scales only fonts from a file; this is the one that Pillow brings along.
         font=BytesIO(ImageFont.load_default(1).font_bytes),  # type: ignore[union-attr]
-        font_size=10 + long_edge // 150,
+        font_size=max(9, long_edge // 80),
         label_colors="white",
         fill_labels=True,
     )

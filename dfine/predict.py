@@ -61,13 +61,19 @@ def beside_truth(model: DFine, pages: Source, index: int, config: DataConfig, th
 
 
 def image_files(paths: list[Path]) -> list[Path]:
-    """Files as they are; of folders all images, in sub-folders as well, sorted."""
+    """Files as they are; of folders all images, in sub-folders as well, sorted.
+
+    Raises:
+        PageError: there are none.
+    """
     files: list[Path] = []
     for path in paths:
-        inside = (
-            sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-        )
-        files += inside
+        if path.is_dir():
+            files += sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        else:
+            files.append(path)
+    if not files:
+        raise PageError(f"no images in {', '.join(map(str, paths))}")
     return files
 
 
@@ -100,7 +106,7 @@ def main() -> int:
         metavar="IOU",
         help="drop boxes that overlap a better one by more",
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     model, config, categories = checkpoint.load_model(arguments.checkpoint)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -121,8 +127,7 @@ def main() -> int:
         height, width = page.shape[:2]
         entry = {"file": str(file), "width": width, "height": height, "picture": picture}
         predictions.append(entry | {"detections": as_json(found, categories)})
-    text = json.dumps(predictions, indent=1, ensure_ascii=False)
-    (arguments.out / "predictions.json").write_text(text, encoding="utf-8")
+    (arguments.out / "predictions.json").write_text(json.dumps(predictions, indent=1))
     return failed
 
 

@@ -5,6 +5,7 @@
 
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import albumentations as A
 
 cv2.setNumThreads(0)  # loader processes are the parallelism; OpenCV's own threads only fight with them
 
-WHITE = 255
+WHITE = (255, 255, 255)
 
 
 class PageError(ValueError):
@@ -56,9 +57,8 @@ def read_page(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarr
 def _on_white(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits, or what Pillow makes of them
         pixels = np.asarray(image).astype(np.int64)
-        return Image.fromarray((pixels >> 8 if pixels.max() > 255 else pixels).clip(0, 255).astype(np.uint8)).convert(
-            "RGB"
-        )
+        eight_bits = (pixels >> 8 if pixels.max() > 255 else pixels).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(eight_bits).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -107,6 +107,13 @@ class Elastic(A.ElasticTransform):
 
     POINTS = 8  # along each edge of a box
 
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        # Smoothed noise is wild at the border of its field: cut the page's out of a larger one.
+        margin = math.ceil(3 * self.sigma)
+        height, width = params["shape"][:2]
+        maps = super().get_params_dependent_on_data({"shape": (height + 2 * margin, width + 2 * margin)}, data)
+        return {name: field[margin:-margin, margin:-margin] - margin for name, field in maps.items()}
+
     def apply_to_bboxes(
         self, bboxes: np.ndarray, map_x: np.ndarray, map_y: np.ndarray, shape: tuple[int, int], **params: Any
     ) -> np.ndarray:
@@ -134,20 +141,22 @@ def augmentation(config: AugmentConfig) -> A.Compose:
         Elastic(
             alpha=config.elastic_alpha,
             sigma=config.elastic_sigma,
-            approximate=True,
+            noise_distribution="uniform",
             border_mode=cv2.BORDER_CONSTANT,
             fill=WHITE,
             p=config.elastic_p,
         ),
         A.Perspective(scale=(0, config.perspective_scale), fit_output=True, fill=WHITE, p=config.perspective_p),
-        A.Affine(rotate=(-config.rotation_degrees, config.rotation_degrees), fill=WHITE, p=config.rotation_p),
+        A.SafeRotate(limit=config.rotation_degrees, fill=WHITE, p=config.rotation_p),  # safe: shrinks, crops nothing
         A.RandomBrightnessContrast(brightness_limit=limit, contrast_limit=limit, p=config.brightness_contrast_p),
         A.GaussianBlur(blur_limit=0, sigma_limit=(0.3, 1.0), p=config.blur_p),
         A.GaussNoise(std_range=(0.01, 0.05), per_channel=False, p=config.noise_p),
         A.ImageCompression(quality_range=(40, 90), p=config.compression_p),
     ]
     boxes = A.BboxParams(format="pascal_voc", label_fields=["labels"], clip=True, filter_invalid_bboxes=True)
-    return A.Compose([step for step in steps if step.p > 0], bbox_params=boxes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns where everything that moves boxes is off
+        return A.Compose([step for step in steps if step.p > 0], bbox_params=boxes)
 
 
 def augment(
@@ -179,7 +188,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, help="picture to write")
     parser.add_argument("--pages", type=int, default=12, help="at least so many pages (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     settings = config.load(arguments.config, arguments.overrides)
     source = open_source(settings.data.train, "data.train")
     names = [category["name"] for category in source.categories]

@@ -6,6 +6,7 @@ the test leaves uncompared. With `-v` the largest deviation of each part is prin
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,15 @@ import torch
 from recorded import Deviation, Golden
 from torch import Tensor
 
+from dfine import pytest_golden
+
 SHIPPED = Path(__file__).parent / "golden"
 DEVIATIONS = pytest.StashKey[dict[str, Deviation]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    help = "recorded numbers of the original to compare with, in files named as in tests/golden"
-    parser.addoption("--golden", type=Path, default=SHIPPED, metavar="DIR", help=help)
+    with suppress(ValueError):  # where the package is installed, pytest knows the option already
+        pytest_golden.pytest_addoption(parser)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,14 +33,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("golden")
     if marker is not None:
-        folders = (SHIPPED, metafunc.config.getoption("golden"))
+        folders = {SHIPPED, metafunc.config.getoption("golden") or SHIPPED}
         names = sorted({path.name for folder in folders for path in folder.glob(marker.args[0])})
+        assert names, f"no recorded file fits {marker.args[0]}"
         metafunc.parametrize("golden", names, indirect=True, ids=lambda name: Path(name).stem)
 
 
 @pytest.fixture(scope="session")
 def golden_folder(request: pytest.FixtureRequest) -> Path:
-    return request.config.getoption("golden")
+    return request.config.getoption("golden") or SHIPPED
 
 
 @pytest.fixture
@@ -69,4 +73,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section("largest deviation from the original")
         terminalreporter.line("| part | largest deviation | among numbers up to | test |\n|---|---|---|---|")
         for part, worst in deviations.items():
-            terminalreporter.line(f"| {part} | {worst.largest:.1e} | {worst.magnitude:.2g} | `{worst.test}` |")
+            terminalreporter.line(f"| {part} | {worst.largest:.2g} | {worst.magnitude:.2g} | `{worst.test}` |")

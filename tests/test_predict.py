@@ -1,0 +1,234 @@
+"""Pages in, JSON and pictures out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import shaken, tiny_config, tiny_model
+from torchvision.ops import box_iou
+
+from dfine import checkpoint, predict
+from dfine.config import Config, DataConfig
+from dfine.model import DFine, detect
+from dfine.pictures import colour, draw, grid
+from dfine.predict import predict_page
+from dfine.transforms import PageError, fit, pad, resize
+
+CATEGORIES = [{"id": 1, "name": "text"}, {"id": 3, "name": "table"}, {"id": 7, "name": "figure"}]
+SMALL = DataConfig(short_edges=(64,), eval_short_edge=64, max_long_edge=96)
+
+
+def model() -> DFine:
+    return shaken(tiny_model()).eval()
+
+
+def drawn_page(height: int = 120, width: int = 90) -> np.ndarray:
+    page = np.full((height, width, 3), 255, np.uint8)
+    page[10:30, 8 : width - 20] = 0
+    page[height // 2 :, 5 : width // 2] = (40, 90, 160)
+    return page
+
+
+@pytest.fixture(scope="module")
+def best(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("run") / "best.pt"
+    checkpoint.save(path, checkpoint.weights(Config(model=tiny_config(), data=SMALL), CATEGORIES, model()))
+    return path
+
+
+@pytest.fixture
+def script(best: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs the script; returns what main returned and predictions.json."""
+
+    def run(*arguments: object) -> tuple[int, list[dict[str, Any]]]:
+        line = ["predict", "--checkpoint", best, "--out", tmp_path / "out", "--threshold", "0", *arguments]
+        monkeypatch.setattr("sys.argv", list(map(str, line)))
+        status = predict.main()
+        return status, json.loads((tmp_path / "out" / "predictions.json").read_text())
+
+    return run
+
+
+# From Python
+
+
+def test_a_page_is_prepared_as_in_evaluation() -> None:
+    page = drawn_page()
+    found = predict_page(model(), page, SMALL, threshold=0.0)
+    images, sizes = pad([resize(page, fit((120, 90), 64, 96))], 32)
+    with torch.no_grad():
+        expected = detect(model()(images, sizes), [(120, 90)])[0]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_only_what_reaches_the_threshold_is_given_the_best_first() -> None:
+    everything = predict_page(model(), drawn_page(), SMALL, threshold=0.0)
+    assert len(everything.scores) == 24  # 8 queries, 3 classes
+    assert everything.scores.tolist() == sorted(everything.scores.tolist(), reverse=True)
+    threshold = float(everything.scores[9])
+    some = predict_page(model(), drawn_page(), SMALL, threshold)
+    assert torch.equal(some.scores, everything.scores[:10])
+    assert torch.equal(some.boxes, everything.boxes[:10])
+
+
+def test_deduplication_leaves_no_two_boxes_in_one_place_whatever_their_classes() -> None:
+    everything = predict_page(model(), drawn_page(), SMALL, threshold=0.0)
+    found = predict_page(model(), drawn_page(), SMALL, threshold=0.0, dedupe=0.5)
+    assert 0 < len(found.boxes) <= 8  # each query says the same box under three names
+    assert torch.equal(found.boxes[0], everything.boxes[0])
+    assert (box_iou(found.boxes, found.boxes) - torch.eye(len(found.boxes))).max() <= 0.5
+
+
+def test_a_model_that_says_nan_is_an_error() -> None:
+    broken = model()
+    with torch.no_grad():
+        broken.mean.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        predict_page(broken, drawn_page(), SMALL)
+
+
+# The script
+
+
+def test_the_json_says_what_is_where_in_pixels_of_the_image(script: Any, tmp_path: Path) -> None:
+    Image.fromarray(drawn_page()).save(tmp_path / "page.png")
+    status, pages = script(tmp_path / "page.png")
+    assert status == 0
+    (page,) = pages
+    assert (page["file"], page["width"], page["height"]) == (str(tmp_path / "page.png"), 90, 120)
+    assert len(page["detections"]) == 24
+    for detection in page["detections"]:
+        assert {"id": detection["category_id"], "name": detection["label"]} in CATEGORIES
+        assert 0 <= detection["score"] <= 1
+        x1, y1, x2, y2 = detection["box"]
+        assert 0 <= x1 <= x2 <= 90
+        assert 0 <= y1 <= y2 <= 120
+    assert Image.open(tmp_path / "out" / page["picture"]).size == (90, 120)
+
+
+def transparent(page: Image.Image) -> Image.Image:
+    """The same page on paper that is transparent instead of white."""
+    pixels = np.array(page.convert("RGBA"))
+    pixels[(pixels[..., :3] == 255).all(-1)] = (0, 0, 0, 0)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize(
+    ("change", "suffix"),
+    [
+        (transparent, "png"),
+        (transparent, "tif"),
+        (lambda page: page.convert("P", palette=Image.Palette.ADAPTIVE), "png"),
+        (lambda page: page, "bmp"),
+        (lambda page: page, "webp"),
+    ],
+)
+def test_how_a_page_is_stored_makes_no_difference(script: Any, tmp_path: Path, change: Any, suffix: str) -> None:
+    page = Image.fromarray(drawn_page())
+    (tmp_path / "pages").mkdir()
+    page.save(tmp_path / "pages" / "a.png")
+    change(page).save(tmp_path / "pages" / f"b.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
+    first, second = script(tmp_path / "pages")[1]
+    assert first["detections"] == second["detections"]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "I;16", "CMYK"])
+def test_pages_of_every_mode_are_read(script: Any, tmp_path: Path, mode: str) -> None:
+    grey = drawn_page()[..., 0]
+    page = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(grey).convert(mode)
+    page.save(tmp_path / "page.tif")
+    status, pages = script(tmp_path / "page.tif")
+    assert status == 0
+    picture = np.asarray(Image.open(tmp_path / "out" / pages[0]["picture"]))
+    assert (picture == 255).all(-1).any()  # paper is white
+
+
+def test_a_page_that_lies_on_its_side_is_seen_upright(script: Any, tmp_path: Path) -> None:
+    page = Image.fromarray(drawn_page())
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "pages").mkdir()
+    page.save(tmp_path / "pages" / "a.png")
+    page.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "pages" / "b.png", exif=exif)
+    first, second = script(tmp_path / "pages")[1]
+    assert (second["width"], second["height"]) == (90, 120)
+    assert first["detections"] == second["detections"]
+
+
+def test_folders_are_searched_in_order_and_pages_of_one_name_get_a_picture_each(script: Any, tmp_path: Path) -> None:
+    for name in ("b/page.png", "a/ñ/page.JPG", "a/page.png", "a/page.tiff"):
+        (tmp_path / "pages" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(drawn_page()).save(tmp_path / "pages" / name)
+    (tmp_path / "pages" / "notes.txt").write_text("no page")
+    status, pages = script(tmp_path / "pages")
+    assert status == 0
+    names = [str(Path(page["file"]).relative_to(tmp_path / "pages")) for page in pages]
+    assert names == ["a/page.png", "a/page.tiff", "a/ñ/page.JPG", "b/page.png"]
+    pictures = {page["picture"] for page in pages}
+    assert len(pictures) == 4
+    assert pictures | {"predictions.json"} == {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_an_unreadable_page_is_named_and_the_others_go_on(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken.png").write_text("no image")
+    Image.fromarray(drawn_page()).save(tmp_path / "good.png")
+    status, pages = script(tmp_path / "broken.png", tmp_path / "missing.png", tmp_path / "good.png")
+    assert status == 1
+    assert [page["file"] for page in pages] == [str(tmp_path / "good.png")]
+    errors = capsys.readouterr().err
+    assert f"error: {tmp_path / 'broken.png'}: cannot read" in errors
+    assert f"error: {tmp_path / 'missing.png'}: cannot read" in errors
+
+
+def test_a_folder_without_images_is_a_mistake(script: Any, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PageError, match=r"no images in .*empty"):
+        script(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("value", ["1.5", "-0.1", "much"])
+@pytest.mark.parametrize("option", ["--threshold", "--dedupe"])
+def test_a_share_outside_0_to_1_is_a_mistake(
+    script: Any, tmp_path: Path, option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        script(tmp_path, f"{option}={value}")
+    assert f"argument {option}" in capsys.readouterr().err
+
+
+# Pictures
+
+
+def test_boxes_are_drawn_in_the_colour_of_their_class_and_the_page_stays_as_it_is() -> None:
+    page = np.full((200, 150, 3), 255, np.uint8)
+    boxes = np.array([[10.0, 20.0, 90.0, 80.0], [30.0, 100.0, 140.0, 190.0]])
+    drawn = draw(page, np.array([0, 2]), boxes, ["text", "table", "figure"], np.array([0.9, 0.4]))
+    assert (page == 255).all()
+    assert drawn[80, 50].tolist() == list(colour(0))
+    assert drawn[150, 30].tolist() == list(colour(2))
+    assert (drawn[:18] == 255).all()
+
+
+def test_a_page_without_boxes_is_drawn_as_it_is() -> None:
+    page = drawn_page()
+    assert (draw(page, np.zeros(0, np.int64), np.zeros((0, 4)), ["text"]) == page).all()
+
+
+def test_the_classes_of_a_large_data_set_have_different_dark_colours() -> None:
+    colours = [colour(label) for label in range(20)]
+    assert len(set(colours)) == 20
+    assert max(np.mean(c) for c in colours) < 128
+
+
+def test_pages_of_different_sizes_lie_side_by_side() -> None:
+    drawn = grid([np.full((20, 30, 3), 10, np.uint8), np.full((40, 10, 3), 20, np.uint8)], columns=2)
+    assert drawn.shape == (40 + 2 * 8, 2 * 30 + 3 * 8, 3)
+    assert (drawn[8:28, 8:38] == 10).all()
+    assert (drawn[8:48, 46:56] == 20).all()

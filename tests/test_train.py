@@ -1,0 +1,298 @@
+"""A run as users start it: what it writes, and that nothing is lost or hidden when it is interrupted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import train as train_script
+from dfine import checkpoint, engine
+from dfine.config import ConfigError
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "model": {
+        "backbone": {"name": "resnet10t", "pretrained": False},
+        "hidden_dim": 32,
+        "encoder": {"feedforward_dim": 32, "depth_mult": 0.34, "expansion": 0.5},
+        "decoder": {"layers": 2, "feedforward_dim": 32, "queries": 20},
+        "denoising": {"queries": 10},
+    },
+    "data": {
+        "batch_size": 2,
+        "workers": 0,
+        "short_edges": [64, 96],
+        "eval_short_edge": 64,
+        "max_long_edge": 128,
+    },
+    "train": {"epochs": 2, "warmup": 0.1, "save_every": 1, "eval_every": 0, "threads": 1},
+}
+
+
+def pages(folder: Path, count: int = 8, names: tuple[str, ...] = ("text", "figure"), empty: tuple[int, ...] = ()) -> dict:
+    """Writes grey rectangles on white as a COCO folder; returns the config's `data.train` for it."""
+    random = np.random.default_rng(count)
+    images, annotations = [], []
+    (folder / "images").mkdir(parents=True)
+    for i in range(count):
+        page = np.full((110, 90, 3), 255, np.uint8)
+        for label in () if i in empty else range(len(names)):
+            x, y = int(random.integers(2, 40)), 5 + 50 * label % 100
+            page[y : y + 30, x : x + 40] = 60 * label
+            box = {"id": len(annotations), "image_id": i, "category_id": 3 + 2 * label, "bbox": [x, y, 40, 30]}
+            annotations.append(box)
+        Image.fromarray(page).save(folder / "images" / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "width": 90, "height": 110})
+    categories = [{"id": 3 + 2 * label, "name": name} for label, name in enumerate(names)]
+    coco = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "pages.json").write_text(json.dumps(coco))
+    return {"images": str(folder / "images"), "annotations": str(folder / "pages.json")}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("config")
+    own = pages(folder / "pages", empty=(1,))
+    tree = TINY | {"data": TINY["data"] | {"train": own, "val": own}}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    return folder / "tiny.yaml"
+
+
+def train(config: Path, run_dir: Path, *arguments: str) -> None:
+    """train.py in this process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", "--config", str(config), f"run_dir={run_dir}", *arguments])
+        try:
+            train_script.main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def start(script: str, *arguments: str, processes: int = 1) -> subprocess.Popen[str]:
+    """A script in processes of its own."""
+    line = [sys.executable]
+    if processes > 1:
+        line += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    line += [str(ROOT / script), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """Waits for a process that must succeed; what it printed."""
+    printed, _ = process.communicate(timeout=150)
+    assert process.returncode == 0, printed
+    return printed
+
+
+def same(a: object, b: object) -> bool:
+    """Bitwise equality of nested containers of tensors and values."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return isinstance(b, list | tuple) and len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def state(run_dir: Path) -> dict:
+    content = checkpoint.read(run_dir / "last.pt")
+    del content["config"]  # names the run folder
+    return content
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    train(config, folder)
+    return folder
+
+
+def test_a_run_leaves_config_metrics_checkpoints_and_a_picture(uninterrupted: Path) -> None:
+    lines = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [4, 8]
+    assert {"AP", "AP50", "AR100", "AP_300", "per_class", "train"} <= lines[0].keys()
+    assert {"loss", "gradient_norm", "learning_rate", "padded_share", "pages_per_second"} <= lines[0]["train"].keys()
+    assert yaml.safe_load((uninterrupted / "config.yaml").read_text())["model"]["hidden_dim"] == 32
+    assert {path.name for path in uninterrupted.iterdir()} >= {"last.pt", "previous.pt", "best.pt", "pictures"}
+    assert len(list((uninterrupted / "pictures").iterdir())) == 2
+    model, _, categories = checkpoint.load_model(uninterrupted / "best.pt")
+    assert [category["id"] for category in categories] == [3, 5]
+    assert not model.training
+
+
+def test_the_same_seed_trains_the_same_weights_whatever_the_workers(
+    config: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    train(config, tmp_path / "run", "data.workers=2")
+    assert same(state(tmp_path / "run"), state(uninterrupted))
+
+
+def test_another_seed_trains_other_weights(config: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    train(config, tmp_path / "run", "train.seed=1")
+    assert not same(state(tmp_path / "run")["model"], state(uninterrupted)["model"])
+
+
+def test_a_run_stopped_in_mid_epoch_and_resumed_equals_the_uninterrupted_one(
+    config: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(config, tmp_path / "run", "train.max_steps=3")
+    train(config, tmp_path / "run", "--resume")
+    assert "resumed" in capsys.readouterr().out
+    assert same(state(tmp_path / "run"), state(uninterrupted))
+
+
+def test_accumulated_steps_resume_exactly_too(config: Path, tmp_path: Path) -> None:
+    train(config, tmp_path / "whole", "train.accumulate=2")
+    train(config, tmp_path / "parts", "train.accumulate=2", "train.max_steps=3")
+    train(config, tmp_path / "parts", "train.accumulate=2", "--resume")
+    assert same(state(tmp_path / "parts"), state(tmp_path / "whole"))
+
+
+def test_a_killed_run_goes_on_from_the_last_saved_step(config: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start("train.py", "--config", str(config), f"run_dir={run}")
+    while not (run / "previous.pt").exists():  # two steps are saved
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.kill()
+    process.communicate()
+    (run / "last.pt.writing").write_bytes(b"half a checkpoint")  # as if killed while writing
+    train(config, run, "--resume")
+    assert same(state(run), state(uninterrupted))
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [4, 8]
+
+
+def test_a_truncated_checkpoint_is_named_and_the_previous_one_used(
+    config: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    train(config, run, "train.max_steps=5")
+    whole = (run / "last.pt").read_bytes()
+    (run / "last.pt").write_bytes(whole[: len(whole) // 2])
+    capsys.readouterr()
+    train(config, run, "--resume")
+    printed = capsys.readouterr().out
+    assert "last.pt: truncated" in printed
+    assert "at step 4" in printed
+    assert same(state(run), state(uninterrupted))
+
+
+def test_sigterm_saves_and_leaves_cleanly(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start("train.py", "--config", str(config), f"run_dir={run}", "train.save_every=0", "train.epochs=500")
+    while not (run / "metrics.jsonl").exists():
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert "Traceback" not in finish(process)
+    assert state(run)["step"] >= 4
+
+
+def test_two_processes_train_evaluate_every_page_once_and_resume_exactly(config: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    own = ("train.py", "--config", str(config), "data.batch_size=1", "data.workers=1")
+    finish(start(*own, f"run_dir={whole}", processes=2))
+    finish(start(*own, f"run_dir={parts}", "train.max_steps=3", processes=2))
+    finish(start(*own, f"run_dir={parts}", "--resume", processes=2))
+    assert same(state(parts), state(whole))
+    assert "AP50" in finish(start("evaluate.py", "--checkpoint", str(whole / "last.pt")))
+    metrics = json.loads((whole / "metrics.json").read_text())
+    last = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {key: last[key] for key in metrics} == metrics
+    assert len({d["image_id"] for d in json.loads((whole / "detections.json").read_text())}) == 8
+
+
+def test_a_process_whose_pages_are_all_empty_does_not_hang_the_other(tmp_path: Path) -> None:
+    own = pages(tmp_path / "pages", count=2, empty=(0,))
+    tree = TINY | {"data": TINY["data"] | {"train": own, "val": own, "batch_size": 1}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    run = tmp_path / "run"
+    finish(start("train.py", "--config", str(tmp_path / "tiny.yaml"), f"run_dir={run}", "train.epochs=3", processes=2))
+    assert state(run)["step"] == 3
+
+
+def test_a_non_finite_loss_stops_with_term_step_and_images_and_keeps_the_checkpoint(
+    config: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train(config, run, "train.max_steps=2")
+    before = (run / "last.pt").read_bytes()
+    with pytest.raises(FloatingPointError, match=r"step 2: not finite: .*fgl.*image ids \["):
+        train(config, run, "--resume", "loss.fgl=.inf")
+    assert (run / "last.pt").read_bytes() == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_reported_and_the_old_checkpoint_stays(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"step": 1})
+    (tmp_path / "last.pt.writing").symlink_to("/dev/full")
+    with pytest.raises(checkpoint.CheckpointError, match=r"last\.pt: cannot save.*intact"):
+        checkpoint.save(path, {"weights": torch.zeros(100_000)})
+    assert checkpoint.read(path) == {"step": 1}
+
+
+def test_a_run_is_not_overwritten_without_being_asked_to(config: Path, uninterrupted: Path) -> None:
+    with pytest.raises(ConfigError, match="--resume"):
+        train(config, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("model.hiden_dim=3", "did you mean hidden_dim"),
+        ("data.train.annotations=nowhere.json", r"nowhere\.json"),
+        ("model.backbone.name=convnext_tinny", r"model\.backbone\.name"),
+        ("model.init_from=nothing.pt", r"nothing\.pt"),
+    ],
+)
+def test_mistakes_stop_before_anything_is_written(config: Path, tmp_path: Path, argument: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        train(config, tmp_path / "run", argument)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_ends_in_one_line(config: Path, tmp_path: Path) -> None:
+    process = start("train.py", "--config", str(config), f"run_dir={tmp_path / 'run'}", "train.epohs=3")
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert printed.strip() == f"error: {config}: unknown key train.epohs, did you mean epochs?"
+
+
+def test_other_classes_start_anew_and_the_rest_is_loaded(
+    config: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = pages(tmp_path / "pages", count=4, names=("Caption", "Table", "Text"))
+    tree = TINY | {"data": TINY["data"] | {"train": own, "val": own}}
+    (tmp_path / "finetune.yaml").write_text(yaml.safe_dump(tree))
+    origin = f"model.init_from={uninterrupted / 'best.pt'}"
+    frozen = "train.freeze_backbone_steps=1"
+    train(tmp_path / "finetune.yaml", tmp_path / "run", origin, frozen, "train.max_steps=1")
+    printed = capsys.readouterr().out
+    assert "start anew" in printed
+    assert "denoising_labels.weight" in printed
+    before, after = checkpoint.read(uninterrupted / "best.pt")["ema"], state(tmp_path / "run")["model"]
+    moved = {
+        name for name in before if before[name].shape != after[name].shape or not torch.equal(before[name], after[name])
+    }
+    assert moved
+    assert not any(name.startswith("backbone.") for name in moved)  # it was frozen in this step
+
+
+def test_the_step_seed_depends_on_seed_and_step() -> None:
+    assert engine.step_seed(0, 1) == engine.step_seed(0, 1)
+    assert len({engine.step_seed(seed, step) for seed in range(3) for step in range(3)}) == 9
