@@ -103,6 +103,7 @@ class SyntheticPages:
 
     def __init__(self, pages: int, seed: int) -> None:
         self.seed = seed
+        self.truth: dict[str, Any] = {}
         self.categories = [{"id": c["id"], "name": c["name"]} for c in synthetic.CATEGORIES]
         self.ids = list(range(pages))
         self.sizes = [synthetic.page_size(seed, i)[::-1] for i in range(pages)]
@@ -112,7 +113,9 @@ class SyntheticPages:
         return page, labels, np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
 
     def ground_truth(self) -> dict[str, Any]:
-        return synthetic.coco_dict(self.seed, len(self.ids))
+        if not self.truth:  # drawing takes a moment: once, at the first evaluation
+            self.truth = synthetic.coco_dict(self.seed, len(self.ids))
+        return self.truth
 
     def summary(self) -> str:
         return f"{len(self.ids)} drawn pages of seed {self.seed}"

@@ -12,7 +12,7 @@ def sincos_positions(height: int, width: int, dim: int, device: torch.device | N
 
     With f_j = 10000^(-j / (dim / 4)) a cell is [sin(row f), cos(row f), sin(column f), cos(column f)].
     The original flattens this grid column-major under row-major tokens, which on a map that is not square gives
-    a cell the position of another one; on squares the two agree up to exchanging rows and columns.
+    a cell the position of another one; on squares the two are the same numbers.
     """
     frequencies = 10000.0 ** -(torch.arange(dim // 4, device=device) / (dim // 4))
     row, column = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")

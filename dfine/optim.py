@@ -25,7 +25,7 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
 
 
 def adamw(model: nn.Module, config: TrainConfig) -> optim.AdamW:
-    return optim.AdamW(parameter_groups(model, config), lr=config.learning_rate)
+    return optim.AdamW(parameter_groups(model, config), lr=config.learning_rate, fused=True)
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:

@@ -142,6 +142,20 @@ def test_boxes_of_every_head_are_supervised_at_every_query_of_the_union():
         assert term.item() == pytest.approx(5 * (0 + 1) / 2)
 
 
+def test_the_union_breaks_ties_by_the_last_decoder_layer():
+    """Query 0 is on the first box (A) for layer 1 and the initial head, on the second (B) for layer 3 and the encoder
+    head; query 1 the other way round. Layer 2 finds both with queries 2 and 3, where layer 3 has them as well."""
+    a, b = HIT, torch.tensor([0.2, 0.8, 0.1, 0.1], dtype=torch.float64)
+    output = disagreement(0, 0, 0, 0, 0)
+    places = [[a, b, MISS, MISS], [MISS, MISS, a, b], [b, a, a, b], [a, b, MISS, MISS], [b, a, MISS, MISS]]
+    *refined, initial, encoder = torch.stack([torch.stack(row) for row in places])[:, None]
+    output.refined.boxes.copy_(torch.stack(refined))
+    output.initial.boxes.copy_(initial)
+    output.encoder.boxes.copy_(encoder)
+    output.refined.logits[2, 0, :2] = 2  # layer 3 is surer of queries 0 and 1
+    assert criterion(output, [page(a.tolist(), b.tolist())], W, CONFIG)["l1"][2] == 0
+
+
 def test_classes_are_supervised_by_each_heads_own_matching():
     """Layer 1's score must rise at query 0 and at no other, whatever the other heads found."""
     output = disagreement(0, 2, 2, 2, 2)

@@ -9,7 +9,7 @@ from tiny import random_boxes, shaken
 from torch import Tensor, nn
 
 from dfine.config import DecoderConfig
-from dfine.decoder import Decoder, Gate, class_head
+from dfine.decoder import Decoder, DecoderLayer, Gate, class_head
 from dfine.fdr import decode, expectation, zero_last
 
 SHAPES = [(4, 6), (2, 3)]
@@ -93,6 +93,54 @@ def test_the_gate_looks_at_both_sides():
     sides = torch.randn(2, 1, 8, dtype=torch.float64, requires_grad=True)
     gate.gate(sides.transpose(0, 1).flatten(1))[0, 0].backward()  # one channel of g1
     assert (sides.grad != 0).all()
+
+
+# A layer
+
+
+def test_all_of_a_layers_parts_add_to_what_is_there():
+    """Where self-attention, cross-attention and feed-forward network are silent, only the three norms are left."""
+    layer, norm = untrained().layers[0], nn.LayerNorm(32).double()
+    for part in (layer.self_attention.out_proj, layer.feedforward[-1]):
+        nn.init.zeros_(part.weight)
+        nn.init.zeros_(part.bias)
+    x, reference, memory, shapes = inputs()
+    torch.testing.assert_close(layer(x, x, reference, 0 * memory, shapes), norm(norm(norm(x) / 2)))
+
+
+def layer_answers(layer: DecoderLayer, queries: int) -> tuple[Tensor, Tensor]:
+    """What a layer makes of the same content at two different positions."""
+    x, reference, *memory = inputs(queries)
+    return tuple(layer(x, torch.randn_like(x), reference, *memory) for _ in range(2))
+
+
+def test_queries_look_by_position_but_do_not_speak_of_it():
+    """Positions are part of queries and keys, not of values: a query that has only itself to listen to hears the same
+    wherever it is. (Cross-attention does not look at its query before it is trained.)"""
+    layer = untrained().layers[0]
+    torch.testing.assert_close(*layer_answers(layer, queries=1))
+    here, there = layer_answers(layer, queries=3)
+    assert (here - there).abs().max() > 1e-3
+
+
+def test_positions_tell_queries_apart_and_tell_where_the_others_are():
+    """The first two of three queries hold the same at different positions: they hear differently. And they hear
+    differently again when the third one moves."""
+    layer, (x, reference, *memory) = untrained().layers[0], inputs(queries=3)
+    x[:, 1], reference[:, 1] = x[:, 0], reference[:, 0]
+    position = torch.randn_like(x)
+    before = layer(x, position, reference, *memory)
+    position[:, 2] += 1
+    after = layer(x, position, reference, *memory)
+    assert (before[:, 0] - before[:, 1]).abs().max() > 1e-3
+    assert (before[:, 0] - after[:, 0]).abs().max() > 1e-3
+
+
+def test_cross_attention_looks_by_position_too():
+    layer = untrained().layers[0]
+    nn.init.normal_(layer.cross_attention.offsets.weight)
+    here, there = layer_answers(layer, queries=1)
+    assert (here - there).abs().max() > 1e-3
 
 
 # The refinement loop
@@ -247,16 +295,13 @@ def test_padding_the_memory_changes_nothing():
     torch.testing.assert_close(on_canvas.boxes, plain.boxes)
 
 
-def test_positions_saturate_at_ten():
-    """However large the position MLP's answers become: these are far beyond 10 with either scale."""
-    answers = []
-    for scale in (1e6, 1e9):
-        decoder = trained()
-        with torch.no_grad():
-            decoder.position[-1].weight *= scale
-            decoder.position[-1].bias *= scale
-        answers.append(decoder(*inputs())[0].logits)
-    torch.testing.assert_close(*answers)
+def test_positions_are_cut_off_at_ten():
+    decoder, seen = trained(), []
+    with torch.no_grad():
+        decoder.position[-1].weight *= 100
+    decoder.layers[0].register_forward_pre_hook(lambda module, arguments: seen.append(arguments[1]))
+    decoder(*inputs())
+    assert (seen[0].min(), seen[0].max()) == (-10, 10)
 
 
 def test_boxes_whose_edges_cross_are_refined_on_without_nan():

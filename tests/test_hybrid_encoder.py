@@ -7,7 +7,7 @@ import torch
 from tiny import shaken
 from torch import Tensor, nn
 
-from dfine.hybrid_encoder import AIFI, HybridEncoder, RepVGG, sincos_positions
+from dfine.hybrid_encoder import AIFI, CSP, HybridEncoder, RepVGG, sincos_positions
 
 CHANNELS = [4, 6, 8]
 
@@ -25,6 +25,12 @@ def maps(height: int = 2, width: int = 3, pages: int = 2) -> list[Tensor]:
         torch.randn(pages, c, height * k, width * k, dtype=torch.float64)
         for c, k in zip(CHANNELS, (4, 2, 1), strict=True)
     ]
+
+
+def silence(*modules: nn.Module) -> None:
+    for module in modules:
+        for parameter in module.parameters():
+            nn.init.zeros_(parameter)
 
 
 # Positions
@@ -80,12 +86,33 @@ def test_every_cell_attends_to_every_other():
     assert (x.grad[1] == 0).all()  # but not to other pages
 
 
-def test_attention_knows_where_cells_are():
-    """Without positions, two cells that change places would be the same to a third."""
+def test_positions_tell_cells_apart_and_tell_where_the_others_are():
+    """Two cells that hold the same hear differently. And a cell hears differently when two others change places."""
     layer, x = aifi(), maps()[2]
+    x[..., 1, 1] = x[..., 0, 0]
     swapped = x.clone()
     swapped[..., 1, 2], swapped[..., 0, 1] = x[..., 0, 1], x[..., 1, 2]
+    assert (layer(x)[..., 0, 0] - layer(x)[..., 1, 1]).abs().max() > 1e-3
     assert (layer(x)[..., 0, 0] - layer(swapped)[..., 0, 0]).abs().max() > 1e-3
+
+
+def test_attention_and_feedforward_network_add_to_what_is_there():
+    """Where both are silent, only the two norms are left."""
+    layer, norm, x = AIFI(8, 2, 16).double(), nn.LayerNorm(8).double(), maps(1, 1)[2]
+    silence(layer.attention.out_proj, layer.feedforward[-1])
+    torch.testing.assert_close(layer(x).flatten(1), norm(norm(x.flatten(1))))
+
+
+def test_cells_say_what_they_hold_but_not_where_they_are():
+    """Positions are part of queries and keys, not of values: a single cell hears itself, here word for word."""
+    layer, eye = AIFI(8, 2, 16).double(), torch.eye(8, dtype=torch.float64)
+    silence(layer.feedforward[-1])
+    with torch.no_grad():
+        layer.attention.in_proj_weight[16:] = layer.attention.out_proj.weight[:] = eye
+    x = maps(1, 1)[2]
+    norm = nn.LayerNorm(8).double()
+    expected = norm(norm(2 * x.flatten(1)))
+    torch.testing.assert_close(layer(x).flatten(1), expected)
 
 
 def test_padding_does_not_influence_the_page():
@@ -122,8 +149,7 @@ def test_all_three_maps_are_not_needed():
 def test_the_lateral_output_replaces_the_upper_map_on_the_way_down_again():
     """With the first lateral silenced nobody hears of the coarsest map, not even the coarsest output."""
     silenced = encoder()
-    for parameter in silenced.laterals[0].parameters():
-        nn.init.zeros_(parameter)
+    silence(silenced.laterals[0])
     inputs = [x.requires_grad_() for x in maps()]
     total = sum(output.sum() for output in silenced(inputs))
     coarsest, *others = torch.autograd.grad(total, inputs[::-1])
@@ -164,3 +190,13 @@ def test_a_repvgg_block_is_silu_of_a_3x3_plus_a_1x1_convolution():
         block.conv1[0].weight.fill_(0.25)
     seen = block(torch.full((1, 1, 1, 1), 2.0, dtype=torch.float64)).item()
     assert seen == pytest.approx(2 / (1 + torch.tensor(-2.0).exp().item()), rel=1e-4)  # batch norm divides by 1.000005
+
+
+@pytest.mark.parametrize("silent", ["deep", "shallow"])
+def test_a_csp_is_the_sum_of_its_two_branches(silent: str):
+    torch.manual_seed(0)
+    block, x = shaken(CSP(4, 2, 1).eval()).double(), torch.randn(1, 4, 2, 3, dtype=torch.float64)
+    silence(getattr(block, silent))
+    other = block.shallow if silent == "deep" else block.deep
+    assert (other(x) != 0).any()
+    assert torch.equal(block(x), other(x))

@@ -203,6 +203,7 @@ def selection(queries: int) -> QuerySelection:
     chooser = QuerySelection(4, 2, (8, 16), queries)
     with torch.no_grad():
         chooser.project.weight.copy_(torch.eye(4))
+        chooser.project.bias.zero_()
         chooser.class_head.weight.copy_(torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]))
     return chooser
 
@@ -225,10 +226,27 @@ def test_the_cells_with_the_best_class_become_queries():
     assert boxes[26] == pytest.approx([2.5 / 3, 0.5 / 2, 0.1, 0.1])  # of the second level: row 0, column 2
 
 
+def test_a_proposal_is_its_own_cells_answer():
+    """All cells but one hold the same, so all boxes but one move by the same from their anchors, in logits."""
+    chooser, (memory, shapes) = selection(30), memory_of(32, 48, loud=[17])
+    torch.nn.init.normal_(chooser.box_head[-1].weight)
+    _, queries, _ = chooser(memory, shapes, None)
+    anchors = torch.tensor([anchor(cell, 32, 48) for cell in queries.cells[0].tolist()])
+    moved = (queries.proposal[0].logit() - anchors.logit()).abs().sum(-1)
+    assert queries.cells[0, 0] == 17
+    assert moved[0] > 0.01
+    torch.testing.assert_close(moved[1:], moved[1:2].expand(29), atol=1e-4, rtol=0)
+    assert (moved[0] - moved[1]).abs() > 0.01
+
+
 def test_cells_in_the_padding_cannot_be_selected():
-    """Of 4x6 cells the page covers 2x3; the cells right of it and below are much louder."""
+    """Of 4x6 cells the page covers 2x3; the cells right of it and below are much louder, those on it very quiet."""
     memory, shapes = memory_of(32, 48, loud=[3, 4, 5, 12, 13, 18, 25, 26, 27, 28, 29])
-    _, queries, _ = selection(7)(memory, shapes, torch.tensor([[16, 24]]))
+    memory[0, [0, 1, 2, 6, 7, 8, 24], 0] = -1
+    chooser = selection(7)
+    with torch.no_grad():
+        chooser.class_head.bias.fill_(-100)
+    _, queries, _ = chooser(memory, shapes, torch.tensor([[16, 24]]))
     assert set(queries.cells[0].tolist()) == {0, 1, 2, 6, 7, 8, 24}
     assert ((queries.proposal > 0) & (queries.proposal < 1)).all()
 
