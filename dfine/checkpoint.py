@@ -15,7 +15,7 @@ from torch import nn
 from dfine import config as configs
 from dfine import official
 from dfine.config import Config
-from dfine.model import DFine
+from dfine.model import DFine, class_dependent
 
 
 class CheckpointError(ValueError):
@@ -99,13 +99,16 @@ def initialise(model: DFine, path: str, categories: list[dict[str, Any]]) -> str
     """
     content = read(path)
     if official.is_official(content):
-        state, anew = official.convert(content, model)
+        try:
+            state, anew = official.convert(content, model)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
         source = "the original implementation"
     else:
         if "ema" not in content or "categories" not in content:
             raise CheckpointError(f"{path}: not a checkpoint of this project")
         state, theirs = content["ema"], [c["name"] for c in content["categories"]]
-        anew = [] if theirs == [c["name"] for c in categories] else class_parameters(model)
+        anew = [] if theirs == [c["name"] for c in categories] else class_dependent(model)
         source = f"classes {', '.join(theirs)}"
     state = {name: value for name, value in state.items() if name not in anew}
     own = model.state_dict()
@@ -118,8 +121,3 @@ def initialise(model: DFine, path: str, categories: list[dict[str, Any]]) -> str
     model.load_state_dict(state, strict=False)
     fresh = f"; start anew: {', '.join(anew)}" if anew else ""
     return f"{path} ({source}): loaded {len(state)} of {len(own)} tensors{fresh}"
-
-
-def class_parameters(model: DFine) -> list[str]:
-    """The names of all that depends on the classes: class heads and the denoising embedding."""
-    return [name for name in model.state_dict() if "class_head" in name or "denoising_labels" in name]

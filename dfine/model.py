@@ -57,7 +57,7 @@ class DFine(nn.Module):
         Args:
             images: (B, 3, H, W) RGB, uint8 or float in [0, 1]; H and W are multiples of the last stride.
             sizes: (B, 2) valid height, width of each page; None: the pages fill the canvas.
-            noised: denoising queries, in training.
+            noised: denoising queries; in training mode only.
             shared: another model's queries, which this decoder answers as well (distillation).
         Returns:
             All heads in training mode; in evaluation mode only the last layer, as L = 1.
@@ -87,7 +87,8 @@ class DFine(nn.Module):
         refined, initial = self.decoder(x, reference, *places, mask, every_layer=self.training)
 
         denoising = None
-        if noised is not None and initial is not None:
+        if noised is not None:
+            assert initial is not None, "denoising queries are for training mode"
             denoising = Denoising(*split(refined, initial, slice(None, slots)), noised)
             refined, initial = split(refined, initial, slice(slots, None))
         answers = None
@@ -149,6 +150,11 @@ class QuerySelection(nn.Module):
             levels.append(torch.cat([centres, torch.full_like(centres, 0.05 * 2**level)], dim=-1))
         anchors = torch.cat(levels, dim=1).to(torch.promote_types(like.dtype, torch.float32))
         return anchors, ((anchors > 0.01) & (anchors < 0.99)).all(-1)
+
+
+def class_dependent(model: DFine) -> list[str]:
+    """The names of all that depends on the classes: class heads and the denoising embedding."""
+    return [name for name in model.state_dict() if "class_head" in name or "denoising_labels" in name]
 
 
 def cells_on_page(canvas: tuple[int, int], sizes: Tensor, stride: int) -> Tensor:

@@ -22,14 +22,13 @@ from torch import Tensor
 from dfine.config import BackboneConfig, DecoderConfig, EncoderConfig, ModelConfig
 from dfine.deformable_attention import DeformableAttention
 from dfine.fdr import weighting_function
-from dfine.model import DFine
+from dfine.model import DFine, class_dependent
 
 State = dict[str, Tensor]
 
 ENCODER_HEADS = 8  # of every published size; the only number of the architecture that leaves no trace in the tensors
 # Computed from the config: compared with ours, not loaded.
 DERIVED = re.compile(r"^decoder\.(.+\.)?(anchors|valid_mask|up|reg_scale|num_points_scale)$")
-CLASSES = re.compile(r"class_head|denoising_labels")  # all of ours that depends on the classes
 COUNTER = "num_batches_tracked"  # of batch norms, read by none; frozen batch norms have none
 
 # The original's names become ours by all of these in turn.
@@ -125,7 +124,7 @@ def convert(checkpoint: dict[str, Any], model: DFine) -> tuple[State, list[str]]
     own = model.state_dict()
     names = {name: our_name(name) for name in theirs if not DERIVED.search(name)}
     differ = _rows(theirs, "decoder.enc_score_head.weight") != model.selection.class_head.out_features
-    anew = [name for name in own if differ and CLASSES.search(name)]
+    anew = class_dependent(model) if differ else []
 
     state = {name: tensor for name, tensor in own.items() if name.endswith(COUNTER)}
     state |= {"mean": torch.zeros_like(own["mean"]), "std": torch.ones_like(own["std"])}

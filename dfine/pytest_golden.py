@@ -1,7 +1,7 @@
 """pytest's option `--golden DIR`: compare with recorded numbers of the original in another folder (tests/conftest.py).
 
-Installed as a plugin, since pytest reads its command line before it looks for tests/conftest.py, and takes the DIR
-behind an option that it does not know yet for the folder of the tests.
+A plugin (pyproject.toml names it), since pytest reads its command line before it looks for tests/conftest.py, and takes
+the DIR behind an option that it does not know yet for the folder of the tests.
 """
 
 from pathlib import Path

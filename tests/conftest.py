@@ -6,7 +6,6 @@ the test leaves uncompared. With `-v` the largest deviation of each part is prin
 """
 
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,15 +13,8 @@ import torch
 from recorded import Deviation, Golden
 from torch import Tensor
 
-from dfine import pytest_golden
-
 SHIPPED = Path(__file__).parent / "golden"
 DEVIATIONS = pytest.StashKey[dict[str, Deviation]]()
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    with suppress(ValueError):  # where the package is installed, pytest knows the option already
-        pytest_golden.pytest_addoption(parser)
 
 
 def pytest_configure(config: pytest.Config) -> None:

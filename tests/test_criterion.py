@@ -130,9 +130,7 @@ def disagreement(*found_by: int) -> DFineOutput:
         boxes[head, 0, query] = HIT
     output, scores = made_up(pages=1, queries=4), torch.zeros(1, 4, 3, dtype=torch.float64)
     refined = output.refined._replace(boxes=boxes[:3], logits=scores.repeat(3, 1, 1, 1))
-    return output._replace(
-        refined=refined, initial=Prediction(scores, boxes[3]), encoder=Prediction(scores, boxes[4])
-    )
+    return output._replace(refined=refined, initial=Prediction(scores, boxes[3]), encoder=Prediction(scores, boxes[4]))
 
 
 def test_boxes_of_every_head_are_supervised_at_every_query_of_the_union():

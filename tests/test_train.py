@@ -38,7 +38,9 @@ TINY = {
 }
 
 
-def pages(folder: Path, count: int = 8, names: tuple[str, ...] = ("text", "figure"), empty: tuple[int, ...] = ()) -> dict:
+def pages(
+    folder: Path, count: int = 8, names: tuple[str, ...] = ("text", "figure"), empty: tuple[int, ...] = ()
+) -> dict:
     """Writes grey rectangles on white as a COCO folder; returns the config's `data.train` for it."""
     random = np.random.default_rng(count)
     images, annotations = [], []
