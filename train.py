@@ -33,7 +33,7 @@ def main() -> None:
     model = DFine(settings.model, len(train_pages.categories))
     if settings.model.init_from:
         say(checkpoint.initialise(model, settings.model.init_from, train_pages.categories))
-    model.to(device, memory_format=torch.channels_last)  # convolutions are faster so
+    model.to(device).to(memory_format=torch.channels_last)  # convolutions are faster so
     run = Run(settings, train_pages.categories, model, device, len(sampler) // settings.train.accumulate)
     run.open(arguments.resume)
     replica = engine.parallel(model, settings.train, device)

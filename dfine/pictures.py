@@ -9,7 +9,7 @@ import torch
 from PIL import ImageFont
 from torchvision.utils import draw_bounding_boxes, make_grid
 
-from dfine.transforms import pad
+from dfine.transforms import canvas_of
 
 
 def draw(
@@ -51,5 +51,9 @@ def colour(label: int) -> tuple[int, int, int]:
 
 
 def grid(pages: list[np.ndarray], columns: int) -> np.ndarray:
-    """Pages of any size side by side, row by row, each in the upper left corner of its cell."""
-    return make_grid(pad(pages, 1)[0], nrow=columns, padding=8, pad_value=128).permute(1, 2, 0).numpy()
+    """Pages of any size side by side on grey, row by row, each in the upper left corner of its cell."""
+    height, width = canvas_of([(page.shape[0], page.shape[1]) for page in pages], 1)
+    cells = torch.full((len(pages), 3, height, width), 128, dtype=torch.uint8)
+    for cell, page in zip(cells, pages, strict=True):
+        cell[:, : page.shape[0], : page.shape[1]] = torch.from_numpy(page).permute(2, 0, 1)
+    return make_grid(cells, nrow=columns, padding=8, pad_value=128).permute(1, 2, 0).numpy()
