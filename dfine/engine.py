@@ -228,10 +228,9 @@ def train_epoch(run: Run, loader: DataLoader[Batch], sampler: TrainBatches, loss
     sampler.set_position(epoch, start * config.accumulate)
     batches = iter(loader)
     last = min(run.last_step, (epoch + 1) * run.epoch_steps)
-    bar = tqdm(
-        total=run.epoch_steps, initial=start, desc=f"epoch {epoch + 1}", unit="step", disable=not distributed.is_main()
-    )
-    with bar:
+    title, shown = f"epoch {epoch + 1}", ("loss", "vfl", "l1", "giou", "fgl", "pages_per_second")
+    hidden = not distributed.is_main()
+    with tqdm(None, title, run.epoch_steps, initial=start, unit="step", mininterval=0.5, disable=hidden) as bar:
         while run.step < last and not run.interrupted:
             began = time.perf_counter()
             torch.manual_seed(step_seed(config.seed, run.step))
@@ -245,10 +244,8 @@ def train_epoch(run: Run, loader: DataLoader[Batch], sampler: TrainBatches, loss
             if run.board and run.step % run.LOG_EVERY == 0:
                 for name, value in values.items():
                     run.board.add_scalar(f"train/{name}", value, run.step)
+            bar.set_postfix({key: f"{values[key]:.3g}" for key in shown}, refresh=False)
             bar.update()
-            bar.set_postfix(
-                {key: f"{values[key]:.3g}" for key in ("loss", "vfl", "l1", "giou", "fgl", "pages_per_second")}
-            )
             run.interrupted = distributed.any_process(run.signalled)
             yield run.step
 
