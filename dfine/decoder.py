@@ -108,7 +108,7 @@ class Decoder(nn.Module):
                 if every_layer:
                     initial = Prediction(full_precision(self.class_heads[0](x)), initial_boxes)
             refined = full_precision(self.edge_heads[i](x + previous)).unflatten(-1, (4, -1))  # (B, Q, 4, N + 1)
-            edge_logits = refined + edge_logits  # the previous layer's is not detached
+            edge_logits = refined + edge_logits  # Eq. 2; the previous ones are not detached
             box = decode(frame, expectation(edge_logits, self.w))  # (B, Q, 4)
             if every_layer or last:
                 logits.append(self.lqe[i](self.class_heads[i](x), edge_logits))  # (B, Q, C)

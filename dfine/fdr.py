@@ -30,7 +30,7 @@ def weighting_function(bins: int, a: float, c: float) -> Tensor:
 
 
 def expectation(edge_logits: Tensor, w: Tensor) -> Tensor:
-    """Expected offsets sum_n W(n) softmax(edge_logits)_n (Eq. 2): (..., 4, N + 1), (N + 1,) -> (..., 4)."""
+    """Expected offsets sum_n W(n) softmax(edge_logits)_n (in Eq. 1): (..., 4, N + 1), (N + 1,) -> (..., 4)."""
     return full_precision(edge_logits).softmax(-1) @ w
 
 
