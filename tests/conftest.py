@@ -18,6 +18,7 @@ DEVIATIONS = pytest.StashKey[dict[str, Deviation]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)  # tiny tensors gain nothing from more, and wait long for them on a busy machine
     config.stash[DEVIATIONS] = {}
     config.addinivalue_line("markers", "golden(files, part): runs on recorded files; part: its line in the table")
 
