@@ -100,6 +100,11 @@ class Run:
         signal.signal(number, signal.SIG_DFL)
 
     def load(self, path: Path) -> None:
+        """Takes up a saved step.
+
+        Raises:
+            CheckpointError: missing or truncated. ConfigError: of a run of another shape.
+        """
         content = checkpoint.read(path)
         if content["epoch_steps"] != self.epoch_steps:
             raise ConfigError(
@@ -240,10 +245,11 @@ def train_epoch(run: Run, loader: DataLoader[Batch], sampler: TrainBatches, loss
             pages = sum(len(batch.targets) for batch in trained) * distributed.world_size()
             values["pages_per_second"] = pages / (time.perf_counter() - began)
             values["padded_share"] = float(np.mean([padded_share(batch) for batch in trained]))
-            run.since_evaluation.append(values)
-            if run.board and run.step % run.LOG_EVERY == 0:
-                for name, value in values.items():
-                    run.board.add_scalar(f"train/{name}", value, run.step)
+            if run.board:
+                run.since_evaluation.append(values)
+                if run.step % run.LOG_EVERY == 0:
+                    for name, value in values.items():
+                        run.board.add_scalar(f"train/{name}", value, run.step)
             bar.set_postfix({key: f"{values[key]:.3g}" for key in shown}, refresh=False)
             bar.update()
             run.interrupted = distributed.any_process(run.signalled)
