@@ -215,3 +215,10 @@ def test_the_long_edge_cannot_be_shorter_than_the_short_one():
 def test_the_encoders_width_is_a_multiple_of_its_heads():
     assert refused("model.encoder.heads=7") == "model.encoder.heads: must be a divisor of the encoder's width 256"
     assert refused("model.encoder.hidden_dim=300").endswith("the encoder's width 300")
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_configs_that_come_along_can_be_read(path: Path):
+    config = load(path)
+    assert config.run_dir == f"runs/{path.stem}"
+    assert bool(config.distill.teacher) == path.stem.startswith("student")
