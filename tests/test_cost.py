@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import TINY, pages
+from test_train import TINY, pages
 from tiny import shaken
 
 from dfine import checkpoint, cost

@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import TINY, finish, pages, run_script, same, start, state
+from test_train import TINY, finish, pages, same, start, state, train
 from tiny import shaken
 from torch import nn
 
 import distill as distill_script
 import evaluate as evaluate_script
-import train as train_script
 from dfine import checkpoint, predict
 from dfine.config import ConfigError, from_dict
 from dfine.model import DFine
@@ -46,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def distill(folder: Path, run_dir: Path, *arguments: str) -> None:
-    run_script(distill_script, folder / "student.yaml", run_dir, *arguments)
+    train(folder / "student.yaml", run_dir, *arguments, script=distill_script)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +102,7 @@ def test_without_alpha_the_teacher_is_not_asked_and_the_student_learns_as_if_alo
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same weights to the last bit, and with them the same start, pages and noise: what an ablation compares."""
-    run_script(train_script, folder / "plain.yaml", tmp_path / "plain", "train.max_steps=3")
+    train(folder / "plain.yaml", tmp_path / "plain", "train.max_steps=3")
     load_teacher = checkpoint.load_teacher
     monkeypatch.setattr(checkpoint, "load_teacher", lambda *arguments: silent(load_teacher(*arguments)))
     distill(folder, tmp_path / "alone", "train.max_steps=3", "distill.alpha=0")
@@ -191,4 +190,4 @@ def test_a_missing_teacher_is_named(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("override", ["distill.teacher=teacher.pt", "distill.go_lsd.weight=0"])
 def test_training_alone_does_not_overlook_a_distill_section(folder: Path, tmp_path: Path, override: str) -> None:
     with pytest.raises(ConfigError, match=r"plain\.yaml: distill: train\.py knows no teacher"):
-        run_script(train_script, folder / "plain.yaml", tmp_path / "run", override)
+        train(folder / "plain.yaml", tmp_path / "run", override)
