@@ -134,7 +134,7 @@ class BoxDistillConfig:
 @dataclass(frozen=True)
 class GoLsdConfig:
     weight: float = 1.5  # as loss.ddf
-    temperature: float = 5.0  # as loss.temperature
+    temperature: float = 1.0  # at T > 1 softened tails end up beyond the frame: a student that agrees decodes other boxes
     start_epoch: float = 0.0  # epochs without it, fractions included
 
     def __post_init__(self) -> None:

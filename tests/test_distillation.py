@@ -223,6 +223,22 @@ def test_go_lsd_leads_the_student_to_the_teachers_boxes_whatever_its_frame_and_b
     assert iou(boxes, teacher.boxes.expand_as(boxes)).min() > 0.97
 
 
+def test_why_the_temperature_is_1():
+    """A student that agrees with the softened distribution at T = 5, and is then read at T = 1, has another box."""
+    torch.manual_seed(0)
+    frame, w = random_boxes(200), weighting_function(32, 0.5, 0.25)
+    new = decode(frame, 0.2 * torch.rand_like(frame) - 0.1)
+    edge_logits = torch.randn(200, 4, 33, dtype=torch.float64) - 10 * (w - 0.1).abs()
+    box = decode(frame, expectation(edge_logits, w))
+
+    def agreeing(temperature: float) -> Tensor:
+        p = project((edge_logits / temperature).softmax(-1), frame, w, new, w)
+        return iou(decode(new, expectation(temperature * p.clamp(min=1e-30).log(), w)), box).mean()
+
+    assert agreeing(1) > 0.999
+    assert agreeing(5) < 0.9
+
+
 # What counts, and when
 
 
