@@ -48,7 +48,7 @@ class Run:
         self.folder = Path(config.run_dir)
         self.model = model
         self.ema: ModelEmaV3 = optim.averaged(model, config.train)
-        self.optimizer = optim.adamw(model, config.train)
+        self.optimizer = optim.optimizer(model, config.train)
         self.epoch_steps, self.step, self.best = epoch_steps, 0, -1.0
         self.signalled, self.interrupted = False, False  # in this process; as agreed by all
         self.since_evaluation: list[dict[str, float]] = []
