@@ -243,17 +243,17 @@ def test_wherever_two_processes_with_workers_are_stopped_they_resume_to_the_unin
     config: Path, tmp_path: Path
 ) -> None:
     whole, run = tmp_path / "whole", tmp_path / "parts"
-    own = ("data.batch_size=1", "data.workers=1")
+    own = ("data.batch_size=1", "data.workers=1", "train.save_every=2")
     assert ends(launch(train, config, whole, *own)) == [0, 0]
 
-    assert ends(launch(stopped, config, run, own, killed_while_saving, 3))[0] == -signal.SIGKILL
+    assert ends(launch(stopped, config, run, own, killed_while_saving, 4))[0] == -signal.SIGKILL
     assert state(run)["step"] == 2
     own += ("--resume",)
     assert ends(launch(stopped, config, run, own, killed_while_evaluating))[0] == -signal.SIGKILL
     assert state(run)["step"] == 4
     assert not (run / "metrics.jsonl").exists()
-    assert ends(launch(stopped, config, run, own, signalled_in_step, 6, signal.SIGINT, 1)) == [0, 0]
-    assert state(run)["step"] == 6
+    assert ends(launch(stopped, config, run, own, signalled_in_step, 5, signal.SIGINT, 1)) == [0, 0]
+    assert state(run)["step"] == 5
     assert ends(launch(stopped, config, run, own, signalled_in_step, 8, signal.SIGTERM, 0)) == [0, 0]
     assert [line["step"] for line in evaluations(run)] == [4]  # the one at step 8 was given up
     assert ends(launch(train, config, run, *own)) == [0, 0]
