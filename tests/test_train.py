@@ -386,6 +386,56 @@ def test_other_classes_start_anew_and_the_rest_is_loaded(
     assert not any(name.startswith("backbone.") for name in moved)  # it was frozen in this step
 
 
+PUBLAYNET = ("text", "title", "list", "table", "figure")
+DOCLAYNET = ("Caption", "Footnote", "Formula", "List-item", "Page-footer", "Page-header")
+DOCLAYNET += ("Picture", "Section-header", "Table", "Text", "Title")
+
+
+def publish(images: Path, annotations: Path, names: tuple[str, ...], suffix: str, size: tuple[int, int]) -> None:
+    """Three pages with a box of each class, ids from 1, as PubLayNet and DocLayNet have them."""
+    entries, boxes = [], []
+    for i in range(1, 4):
+        file = images / f"{annotations.stem}_{i}.{suffix}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, "white").save(file)
+        entries.append({"id": i, "file_name": file.name, "width": size[0], "height": size[1]})
+        boxes += [
+            {"id": len(boxes) + c, "image_id": i, "category_id": c, "bbox": [5.5, 7.0 * c, 30.0, 6.0], "iscrowd": 0}
+            for c in range(1, len(names) + 1)
+        ]
+    categories = [{"supercategory": "", "id": c, "name": name} for c, name in enumerate(names, start=1)]
+    annotations.parent.mkdir(parents=True, exist_ok=True)
+    annotations.write_text(json.dumps({"images": entries, "annotations": boxes, "categories": categories}))
+
+
+def test_publaynet_then_doclaynet_in_their_published_layouts_by_the_shipped_configs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "val", "test"):
+        publaynet, doclaynet = tmp_path / "data/publaynet", tmp_path / "data/doclaynet"
+        if split != "test":
+            publish(publaynet / split, publaynet / f"{split}.json", PUBLAYNET, "jpg", (61, 79))
+        publish(doclaynet / "PNG", doclaynet / "COCO" / f"{split}.json", DOCLAYNET, "png", (102, 102))
+    monkeypatch.chdir(tmp_path)
+    size = [f"data.{key}={value}" for key, value in TINY["data"].items()]
+    size += [
+        f"model.{part}.{key}={value}" for part in ("encoder", "decoder") for key, value in TINY["model"][part].items()
+    ]
+    size += ["model.hidden_dim=32", "model.backbone.name=resnet10t", "train.max_steps=1", "train.threads=1"]
+    train(ROOT / "configs/teacher.yaml", Path("runs/teacher"), "model.backbone.pretrained=false", *size)
+    assert "labels: 0 text (id 1), 1 title (id 2), 2 list (id 3), 3 table (id 4), 4 figure" in capsys.readouterr().out
+    train(ROOT / "configs/teacher_doclaynet.yaml", Path("runs/teacher_doclaynet"), *size)
+    printed = capsys.readouterr().out
+    assert re.search(r"runs/teacher/best\.pt \(classes text, .*: loaded \d+ of \d+ tensors; start anew: ", printed)
+    _, config, categories = checkpoint.load_model("runs/teacher_doclaynet/best.pt")
+    assert categories == [{"id": i, "name": name} for i, name in enumerate(DOCLAYNET, start=1)]
+    before, after = (checkpoint.read(f"runs/{run}/best.pt")["ema"] for run in ("teacher", "teacher_doclaynet"))
+    assert after["selection.class_head.weight"].shape == (11, 32)
+    backbone = [name for name in before if name.startswith("backbone.")]
+    assert all(torch.equal(before[name], after[name]) for name in backbone)  # frozen for the first 500 steps
+    assert config.train.freeze_backbone_steps == 500
+
+
 def test_the_step_seed_depends_on_seed_and_step() -> None:
     assert engine.step_seed(0, 1) == engine.step_seed(0, 1)
     assert len({engine.step_seed(seed, step) for seed in range(3) for step in range(3)}) == 9
