@@ -128,12 +128,12 @@ class Run:
             )
         if [c["name"] for c in content["categories"]] != [c["name"] for c in self.categories]:
             raise ConfigError(f"{path}: has other categories than data.train.annotations")
-        try:
-            self.model.load_state_dict(content["model"])
-            self.ema.module.load_state_dict(content["ema"])
-            self.optimizer.load_state_dict(content["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            raise ConfigError(f"{path}: does not fit the model of this config: {error}") from error
+        wrong = checkpoint.misfit(self.model, content["model"])
+        if wrong:
+            raise ConfigError(f"{path}: does not fit the model of this config at {wrong}")
+        self.model.load_state_dict(content["model"])
+        self.ema.module.load_state_dict(content["ema"])
+        self.optimizer.load_state_dict(content["optimizer"])
         self.step = self.saved = content["step"]
         self.since_evaluation = content["since_evaluation"]
 
