@@ -131,7 +131,7 @@ def read_coco(path: Path) -> dict[str, Any]:
         PageError: names the file, the entry and what is wrong with it.
     """
     try:
-        coco = json.loads(path.read_text(encoding="utf-8"))
+        coco = json.loads(path.read_text(encoding="utf-8"), object_hook=_without_outline)
     except OSError as error:
         raise PageError(f"{path}: cannot read the annotations ({error.strerror})") from error
     except ValueError as error:
@@ -163,6 +163,12 @@ def read_coco(path: Path) -> dict[str, Any]:
         annotation.setdefault("iscrowd", 0)
         annotation.setdefault("area", box[2] * box[3])
     return coco
+
+
+def _without_outline(entry: dict[str, Any]) -> dict[str, Any]:
+    """Outlines are most of a large json's memory, and nobody reads them."""
+    entry.pop("segmentation", None)
+    return entry
 
 
 def _by_id(path: Path, entries: list[Any], kind: str, fields: dict[str, type]) -> set[int]:
