@@ -48,10 +48,10 @@ def main() -> None:
 
     while not run.done:
         for _ in engine.train_epoch(run, batches, sampler, losses_of):
-            if run.due(settings.train.eval_every) and not run.interrupted:
-                run.evaluate(val_batches, val_pages)
-            if run.due(settings.train.save_every) or run.interrupted:
+            if run.save_due:
                 run.save()
+            if run.evaluation_due:
+                run.evaluate(val_batches, val_pages)
     distributed.finish()
 
 

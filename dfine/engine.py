@@ -23,11 +23,12 @@ from dfine import config as configs
 from dfine.checkpoint import CheckpointError
 from dfine.config import Config, ConfigError, TrainConfig
 from dfine.data import Source, TrainBatches
-from dfine.evaluation import evaluate, table
+from dfine.evaluation import Stopped, evaluate, table
 from dfine.model import DFine
 from dfine.pictures import grid
 from dfine.predict import beside_truth
 from dfine.structures import Batch
+from dfine.transforms import PageError
 
 Losses = Callable[[Batch], dict[str, Tensor]]
 
@@ -36,7 +37,8 @@ class Run:
     """Everything that changes while training, and the folder it is written to.
 
     All randomness is a function of (seed, step, rank) or of (seed, epoch, page), and the schedule of the step: so the
-    weights, their average, the optimizer and the step are all there is to save.
+    weights, their average, the optimizer and the step are all there is to save, and the values of the steps since the
+    last evaluation, of which metrics.jsonl will hold the means. That file says which evaluations are done.
     """
 
     LOG_EVERY = 10  # steps between points in TensorBoard
@@ -49,7 +51,8 @@ class Run:
         self.model = model
         self.ema: ModelEmaV3 = optim.averaged(model, config.train)
         self.optimizer = optim.optimizer(model, config.train)
-        self.epoch_steps, self.step, self.best = epoch_steps, 0, -1.0
+        self.epoch_steps, self.step = epoch_steps, 0
+        self.saved, self.evaluated, self.best = 0, 0, -1.0  # the last steps that were; the highest AP
         self.signalled, self.interrupted = False, False  # in this process; as agreed by all
         self.since_evaluation: list[dict[str, float]] = []
         self.board: SummaryWriter | None = None
@@ -62,7 +65,18 @@ class Run:
 
     @property
     def done(self) -> bool:
-        return self.interrupted or self.step >= self.last_step
+        return self.interrupted or (self.step >= self.last_step and not self.evaluation_due)
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Now, or it was when the run was stopped at this step."""
+        return not self.interrupted and self.step > self.evaluated and self.due(self.config.train.eval_every)
+
+    @property
+    def save_due(self) -> bool:
+        """Also before an evaluation, in which much can go wrong, and before the run leaves."""
+        due = self.interrupted or self.evaluation_due or self.due(self.config.train.save_every)
+        return due and self.step > self.saved
 
     def due(self, every: int) -> bool:
         """Whether something that happens `every` so many steps (0: every epoch) and at the end happens now."""
@@ -89,8 +103,9 @@ class Run:
         if distributed.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(yaml.safe_dump(configs.to_dict(self.config), sort_keys=False))
-            self.forget_later_metrics()
-            self.board = SummaryWriter(str(self.folder), purge_step=self.step)
+            self.recall_evaluations()
+            self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
+        self.evaluated, self.best = distributed.gather((self.evaluated, self.best))[0]
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.interrupt)
 
@@ -113,13 +128,14 @@ class Run:
             )
         if [c["name"] for c in content["categories"]] != [c["name"] for c in self.categories]:
             raise ConfigError(f"{path}: has other categories than data.train.annotations")
-        try:
-            self.model.load_state_dict(content["model"])
-            self.ema.module.load_state_dict(content["ema"])
-            self.optimizer.load_state_dict(content["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            raise ConfigError(f"{path}: does not fit the model of this config: {error}") from error
-        self.step, self.best = content["step"], content["best"]
+        wrong = checkpoint.misfit(self.model, content["model"])
+        if wrong:
+            raise ConfigError(f"{path}: does not fit the model of this config at {wrong}")
+        self.model.load_state_dict(content["model"])
+        self.ema.module.load_state_dict(content["ema"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.step = self.saved = content["step"]
+        self.since_evaluation = content["since_evaluation"]
 
     def save(self) -> None:
         """Writes last.pt; the one before it stays as previous.pt."""
@@ -129,29 +145,45 @@ class Run:
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "step": self.step,
-                "best": self.best,
                 "epoch_steps": self.epoch_steps,
+                "since_evaluation": self.since_evaluation,
             }
             checkpoint.save(last, content, keep=self.folder / "previous.pt")
+        if self.board:
+            self.board.flush()
+        self.saved = self.step
         distributed.barrier()
 
     def evaluate(self, batches: DataLoader[Batch], pages: Source) -> None:
-        """Measures the averaged model; writes metrics.jsonl, TensorBoard, a picture, and best.pt if it is the best."""
+        """Measures the averaged model; writes TensorBoard, a picture, best.pt if it is the best, and metrics.jsonl.
+
+        Told to stop, it gives up and leaves the evaluation to the resumed run.
+        """
         distributed.broadcast_buffers(self.ema.module)  # every process has its own batch-norm statistics
-        metrics = evaluate(self.ema.module, batches, pages, self.config.train.bf16)
+        try:
+            metrics = evaluate(self.ema.module, batches, pages, self.config.train.bf16, lambda: self.signalled)
+        except Stopped:
+            self.interrupted = True
+            return
         average = metrics["AP"] or 0.0  # None: no boxes to find
-        better, self.best = average > self.best, max(average, self.best)
+        better, self.best, self.evaluated = average > self.best, max(average, self.best), self.step
         if self.board is None:
             return
-        steps, self.since_evaluation = self.since_evaluation, []
-        training = {key: float(np.mean([step[key] for step in steps])) for key in steps[0]} if steps else {}
-        line = {"step": self.step, "epoch": self.step / self.epoch_steps, **metrics, "train": training}
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
         say(f"step {self.step}\n{table(metrics)}")
+        steps, self.since_evaluation = self.since_evaluation, []
+        line = {"step": self.step, "epoch": self.step / self.epoch_steps, **metrics, "train": summary(steps)}
+        self.draw(metrics, steps, pages)
+        if better:
+            checkpoint.save(self.folder / "best.pt", checkpoint.weights(self.config, self.categories, self.ema.module))
+        with (self.folder / "metrics.jsonl").open("a") as file:  # the last thing: this line says that all is done
+            file.write(json.dumps(line) + "\n")
 
-        classes = {f"val_class/{name}": numbers["AP"] for name, numbers in metrics.pop("per_class").items()}
-        for name, value in ({f"val/{name}": value for name, value in metrics.items()} | classes).items():
+    def draw(self, metrics: dict[str, Any], steps: list[dict[str, float]], pages: Source) -> None:
+        """An evaluation for people: scalars, a histogram and a picture."""
+        assert self.board is not None
+        classes = {f"val_class/{name}": numbers["AP"] for name, numbers in metrics["per_class"].items()}
+        overall = {f"val/{name}": value for name, value in metrics.items() if name != "per_class"}
+        for name, value in (overall | classes).items():
             if value is not None:
                 self.board.add_scalar(name, value, self.step)
         if steps:
@@ -162,15 +194,20 @@ class Run:
         )
         (self.folder / "pictures").mkdir(exist_ok=True)
         Image.fromarray(picture).save(self.folder / "pictures" / f"step_{self.step:07d}.png")
-        if better:
-            checkpoint.save(self.folder / "best.pt", checkpoint.weights(self.config, self.categories, self.ema.module))
 
-    def forget_later_metrics(self) -> None:
-        """Drops the lines of evaluations after the step that the run resumes from: they will be written again."""
+    def recall_evaluations(self) -> None:
+        """Takes up what metrics.jsonl says; drops its lines after the resumed step: they will be written again."""
         path = self.folder / "metrics.jsonl"
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= self.step]
-            path.write_text("".join(f"{line}\n" for line in lines))
+        if not path.exists():
+            return
+        whole = path.read_text().rpartition("\n")[0].splitlines()  # on a full disk a line may have been cut short
+        lines = [line for line in map(json.loads, whole) if line["step"] <= self.step]
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        if lines:
+            self.evaluated = lines[-1]["step"]
+            self.best = max(line["AP"] or 0.0 for line in lines)
+        if self.evaluated == self.step:
+            self.since_evaluation = []
 
 
 def prepare(config: Config) -> None:
@@ -223,11 +260,16 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def train_epoch(run: Run, loader: DataLoader[Batch], sampler: TrainBatches, losses_of: Losses) -> Iterator[int]:
-    """Trains to the end of the current epoch (or of the run), yielding after every optimizer step.
+    """Trains to the end of the current epoch (or of the run), yielding where something may be due.
+
+    That is after every optimizer step, at the start of a resumed run, and before leaving early.
 
     Raises:
         FloatingPointError: a loss or the gradient is not finite; names term, step and image ids. Nothing was changed.
+        PageError: a page cannot be read; names it. Raised after a yield, at which the run is saved.
     """
+    if run.evaluation_due:
+        yield run.step
     config = run.config.train
     epoch, start = divmod(run.step, run.epoch_steps)
     sampler.set_position(epoch, start * config.accumulate)
@@ -238,8 +280,14 @@ def train_epoch(run: Run, loader: DataLoader[Batch], sampler: TrainBatches, loss
     with tqdm(None, title, run.epoch_steps, initial=start, unit="step", mininterval=0.5, disable=hidden) as bar:
         while run.step < last and not run.interrupted:
             began = time.perf_counter()
+            trained, failure = fetch(batches, config.accumulate)
+            run.interrupted = distributed.any_process(run.signalled or failure is not None)
+            if run.interrupted:
+                yield run.step
+                if failure is not None:
+                    raise PageError(f"{failure}; stopped at step {run.step}, go on with --resume once it is mended")
+                return
             torch.manual_seed(step_seed(config.seed, run.step))
-            trained = [next(batches) for _ in range(config.accumulate)]
             values = optimize(run, [batch.to(run.device) for batch in trained], losses_of)
             run.step += 1
             pages = sum(len(batch.targets) for batch in trained) * distributed.world_size()
@@ -252,8 +300,15 @@ def train_epoch(run: Run, loader: DataLoader[Batch], sampler: TrainBatches, loss
                         run.board.add_scalar(f"train/{name}", value, run.step)
             bar.set_postfix({key: f"{values[key]:.3g}" for key in shown}, refresh=False)
             bar.update()
-            run.interrupted = distributed.any_process(run.signalled)
             yield run.step
+
+
+def fetch(batches: Iterator[Batch], count: int) -> tuple[list[Batch], PageError | None]:
+    """The next batches, or why there are none: other processes must hear of it before this one stops."""
+    try:
+        return [next(batches) for _ in range(count)], None
+    except PageError as error:
+        return [], error
 
 
 def optimize(run: Run, batches: list[Batch], losses_of: Losses) -> dict[str, float]:
@@ -283,7 +338,16 @@ def optimize(run: Run, batches: list[Batch], losses_of: Losses) -> dict[str, flo
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.ema.update(run.model, run.step)
-    return values | {"learning_rate": rate}
+    return values | {"learning_rate": rate, "learning_rate_backbone": rate * config.backbone_factor}
+
+
+def summary(steps: list[dict[str, float]]) -> dict[str, Any]:
+    """The means of all values, and how the gradient norms were spread."""
+    if not steps:
+        return {}
+    counts, edges = np.histogram([step["gradient_norm"] for step in steps], bins=20)
+    means: dict[str, Any] = {key: float(np.mean([step[key] for step in steps])) for key in steps[0]}
+    return means | {"gradient_norm_histogram": {"counts": counts.tolist(), "edges": edges.tolist()}}
 
 
 def padded_share(batch: Batch) -> float:
