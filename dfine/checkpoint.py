@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dfine import config as configs
 from dfine import official
-from dfine.config import Config
+from dfine.config import Config, ConfigError
 from dfine.model import DFine, class_dependent
 
 
@@ -64,8 +64,10 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def weights(config: Config, categories: list[dict[str, Any]], ema: nn.Module) -> dict[str, Any]:
-    """What a checkpoint for use holds: averaged weights, config and categories."""
-    return {"config": configs.to_dict(config), "categories": categories, "ema": ema.state_dict()}
+    """What a checkpoint for use holds: averaged weights, config and categories. It does not say who taught them."""
+    settings = configs.to_dict(config)
+    del settings["distill"]
+    return {"config": settings, "categories": categories, "ema": ema.state_dict()}
 
 
 def load_model(path: str | Path) -> tuple[DFine, Config, list[dict[str, Any]]]:
@@ -87,6 +89,34 @@ def load_model(path: str | Path) -> tuple[DFine, Config, list[dict[str, Any]]]:
         raise CheckpointError(f"{path}: does not fit the model of its own config at {wrong}")
     model.load_state_dict(content["ema"])
     return model.eval(), config, content["categories"]
+
+
+def load_teacher(config: Config, source: str, categories: list[dict[str, Any]]) -> DFine:
+    """The frozen model of `distill.teacher`, in evaluation mode; everything about it comes from its checkpoint.
+
+    Args:
+        config: the student's. source: the file it was read from, for messages. categories: of the student's pages.
+    Raises:
+        ConfigError: no teacher is named, or its strides or class names are not the student's; names both files.
+        CheckpointError: see `load_model`.
+    """
+    path = config.distill.teacher
+    if not path:
+        raise ConfigError(f"{source}: distill.teacher: name a checkpoint (to train without a teacher, use train.py)")
+    teacher, theirs, their_categories = load_model(path)
+    if theirs.model.strides != config.model.strides:
+        raise ConfigError(
+            f"distill.teacher: {path} has the strides {list(theirs.model.strides)}, the student of {source} has "
+            f"{list(config.model.strides)}: the teacher's queries are cells of its maps, so both need the same"
+        )
+    names, their_names = [c["name"] for c in categories], [c["name"] for c in their_categories]
+    if their_names != names:
+        pages = config.data.train.annotations or "the drawn pages"
+        raise ConfigError(
+            f"distill.teacher: {path} knows the classes {', '.join(their_names)}; {pages} (data.train of {source}) has "
+            f"{', '.join(names)}: both need the same in the same order"
+        )
+    return teacher.requires_grad_(False)
 
 
 def initialise(model: DFine, path: str, categories: list[dict[str, Any]]) -> str:

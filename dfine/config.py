@@ -116,6 +116,58 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class ClassDistillConfig:
+    weight: float = 1.0
+    loss: str = "kl"  # binary KL of the scores, or "mse" of the probabilities
+    temperature: float = 1.0  # of the KL
+
+    def __post_init__(self) -> None:
+        _require(self.weight >= 0, "distill.classes.weight", "0 or more")
+        _require(self.loss in ("kl", "mse"), "distill.classes.loss", "kl or mse")
+        _require(self.temperature > 0, "distill.classes.temperature", "positive")
+
+
+@dataclass(frozen=True)
+class BoxDistillConfig:
+    weight: float = 5.0  # as loss.l1
+    loss: str = "l1"  # or "mse"
+
+    def __post_init__(self) -> None:
+        _require(self.weight >= 0, "distill.boxes.weight", "0 or more")
+        _require(self.loss in ("l1", "mse"), "distill.boxes.loss", "l1 or mse")
+
+
+@dataclass(frozen=True)
+class GoLsdConfig:
+    weight: float = 1.5  # as loss.ddf
+    temperature: float = (
+        1.0  # at T > 1 softened tails end up beyond the frame: a student that agrees decodes other boxes
+    )
+    start_epoch: float = 0.0  # epochs without it, fractions included
+
+    def __post_init__(self) -> None:
+        _require(self.weight >= 0, "distill.go_lsd.weight", "0 or more")
+        _require(self.temperature > 0, "distill.go_lsd.temperature", "positive")
+        _require(self.start_epoch >= 0, "distill.go_lsd.start_epoch", "0 or more")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Total loss: alpha x (class + box + GO-LSD) on the teacher's queries + beta x the losses of `loss`."""
+
+    teacher: str = ""  # a checkpoint of this project, with this run's strides and class names; for distill.py alone
+    alpha: float = 1.0
+    beta: float = 1.0
+    classes: ClassDistillConfig = field(default_factory=ClassDistillConfig)
+    boxes: BoxDistillConfig = field(default_factory=BoxDistillConfig)
+    go_lsd: GoLsdConfig = field(default_factory=GoLsdConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.alpha >= 0, "distill.alpha", "0 or more")
+        _require(self.beta >= 0, "distill.beta", "0 or more")
+
+
+@dataclass(frozen=True)
 class PagesConfig:
     images: str = ""  # folder
     annotations: str = ""  # COCO json
@@ -201,6 +253,7 @@ class Config:
     run_dir: str = "runs/dfine"
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 

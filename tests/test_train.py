@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -75,13 +76,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "tiny.yaml"
 
 
-def train(config: Path, run_dir: Path, *arguments: str) -> None:
-    """train.py in this process."""
+def train(config: Path, run_dir: Path, *arguments: str, script: ModuleType = train_script) -> None:
+    """train.py, or a script like it, in this process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", "--config", str(config), f"run_dir={run_dir}", *arguments])
+        patch.setattr(sys, "argv", [script.__name__, "--config", str(config), f"run_dir={run_dir}", *arguments])
         try:
-            train_script.main()
+            script.main()
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
