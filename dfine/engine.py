@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -49,7 +48,7 @@ class Run:
         self.config, self.categories, self.device = config, categories, device
         self.folder = Path(config.run_dir)
         self.model = model
-        self.ema: ModelEmaV3 = optim.averaged(model, config.train)
+        self.ema = optim.Average(model, config.train)
         self.optimizer = optim.optimizer(model, config.train)
         self.epoch_steps, self.step = epoch_steps, 0
         self.saved, self.evaluated, self.best = 0, 0, -1.0  # the last steps that were; the highest AP

@@ -25,9 +25,8 @@ def matching_cost(logits: Tensor, boxes: Tensor, labels: Tensor, truth: Tensor, 
     missed = 0.75 * p**2 * -(1 - p + 1e-8).log()
     index = labels[..., None, :].expand(*logits.shape[:-1], labels.shape[-1])  # (..., Q, T)
     classes = (found - missed).gather(-1, index)
-    boxes, truth = boxes[..., :, None, :], truth[..., None, :, :]
-    l1 = (boxes - truth).abs().sum(-1)
-    giou = iou_and_giou(boxes, truth)[1]
+    l1 = torch.cdist(boxes, truth, p=1)
+    giou = iou_and_giou(boxes[..., :, None, :], truth[..., None, :, :])[1]
     return config.classes * classes + config.l1 * l1 - config.giou * giou
 
 

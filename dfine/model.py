@@ -10,7 +10,7 @@ from dfine.config import ModelConfig
 from dfine.decoder import Decoder, class_head
 from dfine.denoising import attention_mask
 from dfine.fdr import mlp, xavier, zero_last
-from dfine.hybrid_encoder import ConvNorm, HybridEncoder
+from dfine.hybrid_encoder import ConvNorm, HybridEncoder, RepVGG
 from dfine.structures import Denoising, Detections, DFineOutput, NoisedTruth, Prediction, Queries, Refinement
 
 
@@ -121,6 +121,20 @@ class DFine(nn.Module):
             )
         back = torch.tensor([i for pages in groups.values() for i in pages], device=images.device).argsort()
         return [torch.cat(level)[back] for level in zip(*parts, strict=True)]
+
+    def deploy(self) -> "DFine":
+        """Makes the model faster, for use only: it can be neither trained nor saved after this.
+
+        Batch norms become part of the convolutions before them, and every RepVGG block one convolution. The answers
+        stay the same up to rounding.
+        """
+        self.eval()
+        for kind in (ConvNorm, RepVGG):  # in this order: a RepVGG block needs merged convolutions
+            for module in self.modules():
+                if isinstance(module, kind):
+                    module.merge()
+        self.backbone.merge()
+        return self
 
     def normalise(self, images: Tensor, sizes: Tensor | None) -> Tensor:
         """(B, 3, H, W) uint8 or [0, 1] -> zero mean, unit variance; pixels of padding become 0."""
