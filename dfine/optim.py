@@ -35,7 +35,10 @@ def parameter_groups(model: DFine, config: TrainConfig) -> list[dict]:
 
 
 def optimizer(model: DFine, config: TrainConfig) -> optim.Optimizer:
-    """AdamW, or with `muon_factor` timm's Muon, which falls back to AdamW where it does not apply."""
+    """AdamW, or with `muon_factor` timm's Muon, which falls back to AdamW where it does not apply.
+
+    Both with Nesterov's momentum then.
+    """
     groups = parameter_groups(model, config)
     if not config.muon_factor:
         return optim.AdamW(groups, lr=config.learning_rate, fused=True)

@@ -173,10 +173,11 @@ def test_a_run_stopped_in_mid_epoch_and_resumed_equals_the_uninterrupted_one(
     assert same(state(tmp_path / "run"), state(uninterrupted))
 
 
-def test_accumulated_steps_resume_exactly_too(config: Path, tmp_path: Path) -> None:
-    train(config, tmp_path / "whole", "train.accumulate=2")
-    train(config, tmp_path / "parts", "train.accumulate=2", "train.max_steps=3")
-    train(config, tmp_path / "parts", "train.accumulate=2", "--resume")
+def test_accumulated_steps_and_muon_resume_exactly_too(config: Path, tmp_path: Path) -> None:
+    own = ("train.accumulate=2", "train.muon_factor=10")
+    train(config, tmp_path / "whole", *own)
+    train(config, tmp_path / "parts", *own, "train.max_steps=3")
+    train(config, tmp_path / "parts", *own, "--resume")
     assert same(state(tmp_path / "parts"), state(tmp_path / "whole"))
 
 
