@@ -117,9 +117,9 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class ClassDistillConfig:
-    weight: float = 1.0
-    loss: str = "kl"  # binary KL of the scores, or "mse" of the probabilities
-    temperature: float = 1.0  # of the KL
+    weight: float = 1.0  # as loss.vfl
+    loss: str = "kl"  # binary KL, whose gradient does not vanish at sure scores; or "mse" of the probabilities
+    temperature: float = 1.0  # of the KL; 1: sigmoid scores are soft already
 
     def __post_init__(self) -> None:
         _require(self.weight >= 0, "distill.classes.weight", "0 or more")
@@ -130,7 +130,7 @@ class ClassDistillConfig:
 @dataclass(frozen=True)
 class BoxDistillConfig:
     weight: float = 5.0  # as loss.l1
-    loss: str = "l1"  # or "mse"
+    loss: str = "l1"  # as for the truth; or "mse", to which small boxes hardly matter
 
     def __post_init__(self) -> None:
         _require(self.weight >= 0, "distill.boxes.weight", "0 or more")
@@ -140,10 +140,8 @@ class BoxDistillConfig:
 @dataclass(frozen=True)
 class GoLsdConfig:
     weight: float = 1.5  # as loss.ddf
-    temperature: float = (
-        1.0  # at T > 1 softened tails end up beyond the frame: a student that agrees decodes other boxes
-    )
-    start_epoch: float = 0.0  # epochs without it, fractions included
+    temperature: float = 1.0  # above 1 a student that agrees in its own frame decodes to other boxes
+    start_epoch: float = 0.0  # epochs before it counts, fractions included
 
     def __post_init__(self) -> None:
         _require(self.weight >= 0, "distill.go_lsd.weight", "0 or more")
@@ -156,8 +154,8 @@ class DistillConfig:
     """Total loss: alpha x (class + box + GO-LSD) on the teacher's queries + beta x the losses of `loss`."""
 
     teacher: str = ""  # a checkpoint of this project, with this run's strides and class names; for distill.py alone
-    alpha: float = 1.0
-    beta: float = 1.0
+    alpha: float = 1.0  # 0: the teacher is not asked
+    beta: float = 1.0  # 0: the truth teaches nothing, query selection included
     classes: ClassDistillConfig = field(default_factory=ClassDistillConfig)
     boxes: BoxDistillConfig = field(default_factory=BoxDistillConfig)
     go_lsd: GoLsdConfig = field(default_factory=GoLsdConfig)
