@@ -125,7 +125,9 @@ def coco_metrics(ground_truth: dict[str, Any], detections: list[dict[str, Any]])
         truth.dataset = ground_truth
         truth.createIndex()
         # loadRes fails on an empty list, writes into the dictionaries it gets, and gives outlines to those without.
-        found = truth.loadRes([detection | {"segmentation": None} for detection in detections]) if detections else COCO()
+        found = (
+            truth.loadRes([detection | {"segmentation": None} for detection in detections]) if detections else COCO()
+        )
         result = COCOeval(truth, found, "bbox")
         result.params.maxDets = MAX_DETECTIONS
         result.evaluate()
