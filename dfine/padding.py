@@ -1,8 +1,7 @@
 """What padding does to a page's answer: `python -m dfine.padding --checkpoint runs/NAME/best.pt [key=value ...]`.
 
 Pages of `data.val` are shown to the model alone, and in a batch with a page of quite another shape: their own quarter
-turn, so that the canvas is a square. Boxes, positions, selection and attention do not see the difference; convolutions
-do, as far as they look beyond the page's edge.
+turn, so that the canvas is a square.
 """
 
 import argparse
@@ -48,15 +47,14 @@ def differences(alone: Detections, beside: Detections, threshold: float) -> torc
 
 
 def table(found: torch.Tensor) -> str:
-    """How many boxes stay where they are, for people; found: (K, 2) of `differences`."""
-    shift, score = found.T
+    """How many boxes stay as they are, for people; found: (K, 2) of `differences`."""
     lines = [f"{len(found)} detections"]
-    for name, values, limit in (("box moves by less than 1 pixel", shift, 1.0), ("score moves by < 0.01", score, 0.01)):
-        quantiles = torch.quantile(values, torch.tensor([0.5, 0.9, 0.99]))
-        median, most, nearly_all = quantiles.tolist()
-        lines.append(
-            f"{name}: {(values < limit).float().mean():.1%}; median {median:.3g}, 90% {most:.3g}, 99% {nearly_all:.3g}"
-        )
+    limits = (("box", 1.0, "1 pixel"), ("score", 0.01, "0.01")) if len(found) else ()
+    for (name, limit, text), values in zip(limits, found.T, strict=False):
+        median, most, nearly_all = torch.quantile(values, torch.tensor([0.5, 0.9, 0.99])).tolist()
+        share = (values < limit).float().mean()
+        spread = f"median {median:.2g}, 90% {most:.2g}, 99% {nearly_all:.2g}"
+        lines.append(f"{name} moves by less than {text}: {share:.1%}; {spread}")
     return "\n".join(lines)
 
 
