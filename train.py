@@ -9,8 +9,9 @@ from dfine import checkpoint, config, distributed, engine
 from dfine.criterion import criterion
 from dfine.data import evaluation_loader, open_source, train_loader
 from dfine.denoising import freshly_noised
-from dfine.engine import Run, say
+from dfine.distributed import say
 from dfine.model import DFine
+from dfine.run import Run
 from dfine.structures import Batch
 
 

@@ -23,6 +23,7 @@ import train as train_script
 from dfine import checkpoint, distributed, engine, evaluation
 from dfine.config import ConfigError, DataConfig
 from dfine.data import TrainBatches
+from dfine.run import Run
 from dfine.transforms import PageError
 
 ROOT = Path(__file__).parents[1]
@@ -220,7 +221,7 @@ def signalled_in_step(step: int, number: signal.Signals, rank: int) -> None:
     """The process and its loader's workers get the signal, as from a terminal or a job scheduler."""
     whole = engine.optimize
 
-    def optimize(run: engine.Run, *arguments: Any) -> dict[str, float]:
+    def optimize(run: Run, *arguments: Any) -> dict[str, float]:
         if run.step == step - 1 and distributed.rank() == rank:
             os.killpg(os.getpgid(0), number)
         return whole(run, *arguments)
