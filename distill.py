@@ -13,8 +13,9 @@ from dfine.criterion import criterion
 from dfine.data import evaluation_loader, open_source, train_loader
 from dfine.denoising import freshly_noised
 from dfine.distillation import active, distillation
-from dfine.engine import Run, say
+from dfine.distributed import say
 from dfine.model import DFine
+from dfine.run import Run
 from dfine.structures import Batch
 
 
@@ -62,10 +63,10 @@ def main() -> None:
 
     while not run.done:
         for _ in engine.train_epoch(run, batches, sampler, losses_of):
-            if run.due(settings.train.eval_every) and not run.interrupted:
-                run.evaluate(val_batches, val_pages)
-            if run.due(settings.train.save_every) or run.interrupted:
+            if run.save_due:
                 run.save()
+            if run.evaluation_due:
+                run.evaluate(val_batches, val_pages)
     distributed.finish()
 
 

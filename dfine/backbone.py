@@ -4,7 +4,8 @@ import difflib
 from typing import Any
 
 import timm
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dfine.config import BackboneConfig, ConfigError
 
@@ -27,6 +28,8 @@ class Backbone(nn.Module):
         if self.indices[-1] + 1 < len(reductions):  # later stages would be parameters without a gradient
             body = _create(config, out_indices=range(self.indices[-1] + 1))
         if config.checkpointing:
+            if not hasattr(body, "set_grad_checkpointing"):
+                raise ConfigError(f"model.backbone.checkpointing: timm offers none for the maps of {config.name}")
             body.set_grad_checkpointing()
         self.body = body
         self.channels = [body.feature_info.channels()[i] for i in self.indices]
@@ -38,6 +41,32 @@ class Backbone(nn.Module):
         """(B, 3, H, W) normalised -> a (B, channels, H / stride, W / stride) map for each stride."""
         maps = self.body(images)
         return [maps[i] for i in self.indices]
+
+    def merge(self) -> None:
+        """Lets convolutions do what the batch norms right behind them do in evaluation mode.
+
+        Which those are is read off the traced graph. A backbone that cannot be traced keeps its batch norms.
+        """
+        try:
+            nodes = ConvNormTracer().trace(self.body).nodes
+        except (fx.proxy.TraceError, TypeError):  # its forward depends on what it is fed
+            return
+        for node in nodes:
+            source = node.args[0] if node.op == "call_module" else None
+            if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
+                continue
+            conv, norm = self.body.get_submodule(source.target), self.body.get_submodule(node.target)
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                self.body.set_submodule(source.target, fuse_conv_bn_eval(conv, norm))
+                # timm's batch norms may hold their activation.
+                self.body.set_submodule(node.target, getattr(norm, "act", nn.Identity()))
+
+
+class ConvNormTracer(fx.Tracer):
+    """Records convolutions and batch norms as calls, also those that timm derives from torch's."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (nn.Conv2d, nn.BatchNorm2d)) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _create(config: BackboneConfig, **kwargs: Any) -> Any:

@@ -27,12 +27,15 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
 
 def iou_and_giou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """IoU and generalised IoU (arXiv 1902.09630) of (..., 4) cxcywh boxes -> (...), (...)."""
-    a, b = cxcywh_to_xyxy(a), cxcywh_to_xyxy(b)
-    inner = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
-    outer = torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])
-    intersection = inner.clamp(min=0).prod(-1)
-    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - intersection
-    hull = outer.prod(-1)
+    left, top, right, bottom = cxcywh_to_xyxy(a).unbind(-1)  # single coordinates: last dimensions of 2 are slow
+    left_b, top_b, right_b, bottom_b = cxcywh_to_xyxy(b).unbind(-1)
+    width = torch.minimum(right, right_b) - torch.maximum(left, left_b)
+    height = torch.minimum(bottom, bottom_b) - torch.maximum(top, top_b)
+    intersection = width.clamp(min=0) * height.clamp(min=0)
+    union = (right - left) * (bottom - top) + (right_b - left_b) * (bottom_b - top_b) - intersection
+    width = torch.maximum(right, right_b) - torch.minimum(left, left_b)
+    height = torch.maximum(bottom, bottom_b) - torch.minimum(top, top_b)
+    hull = width * height
     overlap = intersection / union
     return overlap, overlap - (hull - union) / hull
 

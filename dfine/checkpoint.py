@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dfine import config as configs
 from dfine import official
@@ -54,7 +54,9 @@ def read(path: str | Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such checkpoint") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:  # torch would advise to load without `weights_only`
+        raise CheckpointError(f"{path}: not a checkpoint of tensors and plain values") from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise CheckpointError(f"{path}: truncated or not a checkpoint ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a checkpoint: holds a {type(content).__name__}")
@@ -82,10 +84,10 @@ def load_model(path: str | Path) -> tuple[DFine, Config, list[dict[str, Any]]]:
     # The weights come from the checkpoint: timm must not look for its own.
     built = configs.override(config, ["model.backbone.pretrained=false", "model.backbone.weights="])
     model = DFine(built.model, len(content["categories"]))
-    try:
-        model.load_state_dict(content["ema"])
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    wrong = misfit(model, content["ema"])
+    if wrong:
+        raise CheckpointError(f"{path}: does not fit the model of its own config at {wrong}")
+    model.load_state_dict(content["ema"])
     return model.eval(), config, content["categories"]
 
 
@@ -141,13 +143,17 @@ def initialise(model: DFine, path: str, categories: list[dict[str, Any]]) -> str
         anew = [] if theirs == [c["name"] for c in categories] else class_dependent(model)
         source = f"classes {', '.join(theirs)}"
     state = {name: value for name, value in state.items() if name not in anew}
-    own = model.state_dict()
-    wrong = sorted((own.keys() ^ state.keys()) - set(anew))
-    wrong += [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    wrong = misfit(model, state, anew)
     if wrong:
-        raise CheckpointError(
-            f"{path}: does not fit this config's model at {', '.join(wrong[:5])} ({len(wrong)} in all)"
-        )
+        raise CheckpointError(f"{path}: does not fit this config's model at {wrong}")
     model.load_state_dict(state, strict=False)
     fresh = f"; start anew: {', '.join(anew)}" if anew else ""
-    return f"{path} ({source}): loaded {len(state)} of {len(own)} tensors{fresh}"
+    return f"{path} ({source}): loaded {len(state)} of {len(model.state_dict())} tensors{fresh}"
+
+
+def misfit(model: nn.Module, state: dict[str, Tensor], anew: list[str] | None = None) -> str:
+    """Which tensors of a state do not fit the model, for people; empty if all fit. `anew` may be missing."""
+    own = model.state_dict()
+    wrong = sorted((own.keys() ^ state.keys()) - set(anew or []))
+    wrong += sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
+    return f"{', '.join(wrong[:5])} ({len(wrong)} in all)" if wrong else ""

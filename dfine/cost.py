@@ -24,8 +24,8 @@ from dfine.criterion import criterion
 from dfine.data import open_source, train_loader
 from dfine.denoising import freshly_noised
 from dfine.distillation import active, distillation
-from dfine.engine import Run
 from dfine.model import DFine
+from dfine.run import Run
 from dfine.structures import Batch, DFineOutput, Refinement
 
 

@@ -20,7 +20,7 @@ def union(matches: Matches, queries: int, last: int) -> Matches:
     Returns:
         On the CPU; one assignment for all heads (`layer` is None), in order of page and query.
     """
-    boxes = int(matches.target.max()) + 1 if len(matches.target) else 1
+    boxes = int(matches.target.numpy().max(initial=0)) + 1
     pair = (matches.batch * queries + matches.query) * boxes + matches.target
     pair, which = pair.unique(return_inverse=True)  # in order of page, query and target
     vote = torch.ones(len(which))

@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def sincos_positions(height: int, width: int, dim: int, device: torch.device | None = None) -> Tensor:
@@ -29,17 +30,29 @@ class ConvNorm(nn.Sequential):
         conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
         super().__init__(conv, nn.BatchNorm2d(outputs), *([act] if act else []))
 
+    def merge(self) -> None:
+        """Lets the convolution do what the batch norm does in evaluation mode."""
+        self[0], self[1] = fuse_conv_bn_eval(self[0], self[1]), nn.Identity()
+
 
 class RepVGG(nn.Module):
-    """SiLU of a 3x3 plus a 1x1 convolution, which can be merged into one 3x3 for inference."""
+    """SiLU of a 3x3 plus a 1x1 convolution; `merge` makes them one for inference (arXiv 2101.03697)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.conv3 = ConvNorm(dim, dim, 3)
-        self.conv1 = ConvNorm(dim, dim, 1)
+        self.conv1: ConvNorm | None = ConvNorm(dim, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.silu(self.conv3(x) + self.conv1(x))
+        return F.silu(self.conv3(x) if self.conv1 is None else self.conv3(x) + self.conv1(x))
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Adds the 1x1 convolution to the middle of the 3x3; both must have taken in their batch norms."""
+        assert self.conv1 is not None
+        self.conv3[0].weight[..., 1:2, 1:2] += self.conv1[0].weight
+        self.conv3[0].bias += self.conv1[0].bias
+        self.conv1 = None
 
 
 class CSP(nn.Module):
