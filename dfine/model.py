@@ -95,7 +95,7 @@ class DFine(nn.Module):
         if shared is not None:
             content = gather(tokens, shared.cells).detach()
             answers, _ = self.decoder(content, shared.proposal, *places, every_layer=self.training)
-        return DFineOutput(refined, queries, initial, encoder if self.training else None, denoising, answers)
+        return DFineOutput(refined, queries, initial, encoder, denoising, answers)
 
     def deploy(self) -> "DFine":
         """Makes the model faster, for use only: it can be neither trained nor saved after this.
@@ -136,8 +136,8 @@ class QuerySelection(nn.Module):
 
     def forward(
         self, memory: Tensor, shapes: list[tuple[int, int]], sizes: Tensor | None
-    ) -> tuple[Prediction, Queries, Tensor]:
-        """(B, S, D) -> the head's answer at the selected cells, where they are, and the tokens (B, S, D) of all."""
+    ) -> tuple[Prediction | None, Queries, Tensor]:
+        """(B, S, D) -> in training mode the answer at the selected cells; where they are; all tokens (B, S, D)."""
         anchors, valid = self.anchors(shapes, sizes, memory)  # (B or 1, S, 4), (B or 1, S)
         tokens = self.norm(self.project(memory * valid[..., None]))  # (B, S, D)
         logits = full_precision(self.class_head(tokens))  # (B, S, C)
@@ -146,7 +146,8 @@ class QuerySelection(nn.Module):
         anchors = gather(anchors.expand(len(index), -1, -1), index)  # (B, Q, 4)
         delta = full_precision(self.box_head(gather(tokens, index)))  # (B, Q, 4)
         boxes = (delta + logit(anchors)).sigmoid()
-        return Prediction(gather(logits, index), boxes), Queries(index, boxes.detach()), tokens
+        answer = Prediction(gather(logits, index), boxes) if self.training else None
+        return answer, Queries(index, boxes.detach()), tokens
 
     def anchors(self, shapes: list[tuple[int, int]], sizes: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
         """A box at the centre of each cell with sides 0.05 * 2^level, and whether all its numbers lie in (0.01, 0.99).
