@@ -11,7 +11,7 @@ from pathlib import Path
 from dfine import checkpoint, config, distributed, engine
 from dfine.config import ConfigError
 from dfine.data import evaluation_loader, open_source
-from dfine.engine import say
+from dfine.distributed import say
 from dfine.evaluation import coco_metrics, find, table
 
 

@@ -8,9 +8,10 @@ import torch
 from dfine import checkpoint, config, distributed, engine
 from dfine.criterion import criterion
 from dfine.data import evaluation_loader, open_source, train_loader
-from dfine.denoising import draw_noise, noised_truth
-from dfine.engine import Run, say
+from dfine.denoising import freshly_noised
+from dfine.distributed import say
 from dfine.model import DFine
+from dfine.run import Run
 from dfine.structures import Batch
 
 
@@ -21,6 +22,10 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.batch_size=8")
     arguments = parser.parse_intermixed_args()
     settings = config.load(arguments.config, arguments.overrides)
+    if settings.distill != config.DistillConfig():
+        raise config.ConfigError(
+            f"{arguments.config}: distill: train.py knows no teacher; leave it out or use distill.py"
+        )
 
     device = distributed.start()
     engine.prepare(settings)
@@ -39,19 +44,17 @@ def main() -> None:
     replica = engine.parallel(model, settings.train, device)
 
     def losses_of(batch: Batch) -> dict[str, torch.Tensor]:
-        noise = settings.model.denoising
-        drawn = draw_noise(batch.targets, noise.queries, model.classes)
-        noised = noised_truth(batch.targets, drawn, noise.queries, model.classes, noise.label_noise, noise.box_noise)
+        noised = freshly_noised(batch.targets, model.classes, settings.model.denoising)
         with engine.autocast(device, settings.train):
             output = replica(batch.images, batch.sizes, noised)
         return criterion(output, batch.targets, model.decoder.w, settings.loss)
 
     while not run.done:
         for _ in engine.train_epoch(run, batches, sampler, losses_of):
-            if run.due(settings.train.eval_every) and not run.interrupted:
-                run.evaluate(val_batches, val_pages)
-            if run.due(settings.train.save_every) or run.interrupted:
+            if run.save_due:
                 run.save()
+            if run.evaluation_due:
+                run.evaluate(val_batches, val_pages)
     distributed.finish()
 
 

@@ -28,6 +28,8 @@ class Backbone(nn.Module):
         if self.indices[-1] + 1 < len(reductions):  # later stages would be parameters without a gradient
             body = _create(config, out_indices=range(self.indices[-1] + 1))
         if config.checkpointing:
+            if not hasattr(body, "set_grad_checkpointing"):
+                raise ConfigError(f"model.backbone.checkpointing: timm offers none for the maps of {config.name}")
             body.set_grad_checkpointing()
         self.body = body
         self.channels = [body.feature_info.channels()[i] for i in self.indices]

@@ -93,6 +93,12 @@ class MatcherConfig:
     classes: float = 2.0  # focal cost
     l1: float = 5.0
     giou: float = 2.0
+    # Queries that each box is matched to in the encoder's head. 1 is D-FINE; more (hybrid matching, arXiv 2207.13080)
+    # shows that head more of what it must select, which saves steps where all starts from random weights.
+    encoder_queries: int = 1
+
+    def __post_init__(self) -> None:
+        _require(self.encoder_queries >= 1, "loss.matcher.encoder_queries", "1 or more")
 
 
 @dataclass(frozen=True)
@@ -107,6 +113,56 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         _require(self.temperature > 0, "loss.temperature", "positive")
+
+
+@dataclass(frozen=True)
+class ClassDistillConfig:
+    weight: float = 1.0  # as loss.vfl
+    loss: str = "kl"  # binary KL, whose gradient does not vanish at sure scores; or "mse" of the probabilities
+    temperature: float = 1.0  # of the KL; 1: sigmoid scores are soft already
+
+    def __post_init__(self) -> None:
+        _require(self.weight >= 0, "distill.classes.weight", "0 or more")
+        _require(self.loss in ("kl", "mse"), "distill.classes.loss", "kl or mse")
+        _require(self.temperature > 0, "distill.classes.temperature", "positive")
+
+
+@dataclass(frozen=True)
+class BoxDistillConfig:
+    weight: float = 5.0  # as loss.l1
+    loss: str = "l1"  # as for the truth; or "mse", to which small boxes hardly matter
+
+    def __post_init__(self) -> None:
+        _require(self.weight >= 0, "distill.boxes.weight", "0 or more")
+        _require(self.loss in ("l1", "mse"), "distill.boxes.loss", "l1 or mse")
+
+
+@dataclass(frozen=True)
+class GoLsdConfig:
+    weight: float = 1.5  # as loss.ddf
+    temperature: float = 1.0  # above 1 a student that agrees in its own frame decodes to other boxes
+    start_epoch: float = 0.0  # epochs before it counts, fractions included
+
+    def __post_init__(self) -> None:
+        _require(self.weight >= 0, "distill.go_lsd.weight", "0 or more")
+        _require(self.temperature > 0, "distill.go_lsd.temperature", "positive")
+        _require(self.start_epoch >= 0, "distill.go_lsd.start_epoch", "0 or more")
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Total loss: alpha x (class + box + GO-LSD) on the teacher's queries + beta x the losses of `loss`."""
+
+    teacher: str = ""  # a checkpoint of this project, with this run's strides and class names; for distill.py alone
+    alpha: float = 1.0  # 0: the teacher is not asked
+    beta: float = 1.0  # 0: the truth teaches nothing, query selection included
+    classes: ClassDistillConfig = field(default_factory=ClassDistillConfig)
+    boxes: BoxDistillConfig = field(default_factory=BoxDistillConfig)
+    go_lsd: GoLsdConfig = field(default_factory=GoLsdConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.alpha >= 0, "distill.alpha", "0 or more")
+        _require(self.beta >= 0, "distill.beta", "0 or more")
 
 
 @dataclass(frozen=True)
@@ -164,6 +220,9 @@ class TrainConfig:
     eval_every: int = 2000  # steps between evaluations; 0: only at the end of each epoch
     learning_rate: float = 1e-4
     backbone_factor: float = 1.0  # the backbone's learning rate, as a share of the rest's
+    # Learning rate of weight matrices under Muon (https://kellerjordan.github.io/posts/muon), as a multiple of
+    # learning_rate, which all else keeps under AdamW; from random weights it saves half the steps. 0: AdamW for all.
+    muon_factor: float = 0.0
     min_learning_rate: float = 1e-5  # where the cosine ends
     warmup: float = 0.02  # share of all steps
     weight_decay: float = 0.05  # none on norms and biases
@@ -181,6 +240,7 @@ class TrainConfig:
         for key in ("max_steps", "save_every", "eval_every", "freeze_backbone_steps", "threads", "seed"):
             _require(getattr(self, key) >= 0, f"train.{key}", "0 or more")
         _require(self.learning_rate > 0, "train.learning_rate", "positive")
+        _require(self.muon_factor >= 0, "train.muon_factor", "0 or more")
         _require(0 <= self.warmup < 1, "train.warmup", "a share of the run, from 0 to below 1")
         _require(0 <= self.ema_decay < 1, "train.ema_decay", "from 0 to below 1")
         _require(self.clip > 0, "train.clip", "positive")
@@ -191,6 +251,7 @@ class Config:
     run_dir: str = "runs/dfine"
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 

@@ -53,7 +53,7 @@ def criterion(output: DFineOutput, targets: list[Target], w: Tensor, config: Los
     truth = Truth(torch.cat([t.labels for t in targets]), torch.cat([t.boxes for t in targets]))
 
     heads = stack(refined, output.initial, output.encoder)
-    own = match(heads.logits, heads.boxes, targets, config.matcher)
+    own = match(heads.logits, heads.boxes, targets, config.matcher, config.matcher.encoder_queries)
     pairs = union(own, queries, last=layers - 1)
     groups, slots = 1, 0
     if output.denoising is not None:

@@ -6,6 +6,9 @@ which process or worker loads it, and whether the run was interrupted, makes no 
 
 import json
 import math
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +131,7 @@ def read_coco(path: Path) -> dict[str, Any]:
         PageError: names the file, the entry and what is wrong with it.
     """
     try:
-        coco = json.loads(path.read_text(encoding="utf-8"))
+        coco = json.loads(path.read_text(encoding="utf-8"), object_hook=_without_outline)
     except OSError as error:
         raise PageError(f"{path}: cannot read the annotations ({error.strerror})") from error
     except ValueError as error:
@@ -160,6 +163,12 @@ def read_coco(path: Path) -> dict[str, Any]:
         annotation.setdefault("iscrowd", 0)
         annotation.setdefault("area", box[2] * box[3])
     return coco
+
+
+def _without_outline(entry: dict[str, Any]) -> dict[str, Any]:
+    """Outlines are most of a large json's memory, and nobody reads them."""
+    entry.pop("segmentation", None)
+    return entry
 
 
 def _by_id(path: Path, entries: list[Any], kind: str, fields: dict[str, type]) -> set[int]:
@@ -230,6 +239,13 @@ class PageDataset(Dataset):
         )
         return page, target
 
+    def __getitems__(self, keys: list[PageKey]) -> list[tuple[np.ndarray, Target]] | PageError:
+        """What a `DataLoader` asks for; see `PageLoader`."""
+        try:
+            return [self[key] for key in keys]
+        except PageError as error:
+            return error
+
 
 class TrainBatches(Sampler[list[PageKey]]):
     """This process's batches of one epoch: pages of like aspect together, one short edge for all processes.
@@ -294,22 +310,48 @@ def evaluation_loader(source: Source, config: Config) -> DataLoader[Batch]:
 
 
 def _loader(source: Source, config: Config, batches: Any, training: bool) -> DataLoader[Batch]:
-    return DataLoader(
+    return PageLoader(
         PageDataset(source, config.data, config.train.seed, training),
         batch_sampler=batches,
         collate_fn=Collate(config.model.strides[-1]),
         num_workers=config.data.workers,
+        worker_init_fn=leave_signals_to_the_main_process,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=training and config.data.workers > 0,
     )
 
 
+class PageLoader(DataLoader[Batch]):
+    """Raises a worker's page error as it is; a plain `DataLoader` wraps it in the worker's stack."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, PageError):
+                raise batch
+            yield batch
+
+
+def leave_signals_to_the_main_process(_: int) -> None:
+    """Ctrl-C, torchrun and job schedulers signal workers as well: they end when the main process does, not before."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_heed_the_main_process, daemon=True).start()
+
+
+def _heed_the_main_process() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
 @dataclass(frozen=True)
 class Collate:
-    """A picklable `pad` with its stride."""
+    """A picklable `pad` with its stride; lets a page error through."""
 
     stride: int
 
-    def __call__(self, samples: list[tuple[np.ndarray, Target]]) -> Batch:
+    def __call__(self, samples: list[tuple[np.ndarray, Target]] | PageError) -> Batch | PageError:
+        if isinstance(samples, PageError):
+            return samples
         images, sizes = pad([page for page, _ in samples], self.stride)
         return Batch(images, sizes, [target for _, target in samples])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dfine.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
+from dfine.config import DenoisingConfig
 from dfine.structures import Matches, NoisedTruth, Target
 
 
@@ -71,6 +72,12 @@ def noised_truth(
     noised = torch.cat([noised[..., :2], noised[..., 2:].abs()], dim=-1)  # (B, K, 4)
     redraw = (noise.label_coin < label_noise) & (labels < classes)
     return NoisedTruth(torch.where(redraw, noise.new_label, labels), noised, groups)
+
+
+def freshly_noised(targets: list[Target], classes: int, config: DenoisingConfig) -> NoisedTruth:
+    """The denoising queries of a batch, from new noise."""
+    noise = draw_noise(targets, config.queries, classes)
+    return noised_truth(targets, noise, config.queries, classes, config.label_noise, config.box_noise)
 
 
 def attention_mask(slots: int, groups: int, queries: int, device: torch.device) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 
 def start() -> torch.device:
@@ -37,6 +38,12 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this is the process that writes and prints."""
     return rank() == 0
+
+
+def say(text: str) -> None:
+    """Prints on the main process only, above a progress bar."""
+    if is_main():
+        tqdm.write(text)
 
 
 def sum_over_processes(x: Tensor) -> Tensor:

@@ -1,175 +1,24 @@
-"""A training run: its state, its folder, and one epoch of steps."""
+"""One epoch of steps, and what a script does before the first."""
 
-import json
-import signal
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import yaml
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from dfine import checkpoint, distributed, optim
-from dfine import config as configs
-from dfine.checkpoint import CheckpointError
+from dfine import distributed, optim
 from dfine.config import Config, ConfigError, TrainConfig
 from dfine.data import Source, TrainBatches
-from dfine.evaluation import evaluate, table
 from dfine.model import DFine
-from dfine.pictures import grid
-from dfine.predict import beside_truth
+from dfine.run import Run
 from dfine.structures import Batch
+from dfine.transforms import PageError
 
 Losses = Callable[[Batch], dict[str, Tensor]]
-
-
-class Run:
-    """Everything that changes while training, and the folder it is written to.
-
-    All randomness is a function of (seed, step, rank) or of (seed, epoch, page), and the schedule of the step: so the
-    weights, their average, the optimizer and the step are all there is to save.
-    """
-
-    LOG_EVERY = 10  # steps between points in TensorBoard
-
-    def __init__(
-        self, config: Config, categories: list[dict[str, Any]], model: DFine, device: torch.device, epoch_steps: int
-    ) -> None:
-        self.config, self.categories, self.device = config, categories, device
-        self.folder = Path(config.run_dir)
-        self.model = model
-        self.ema = optim.Average(model, config.train)
-        self.optimizer = optim.adamw(model, config.train)
-        self.epoch_steps, self.step, self.best = epoch_steps, 0, -1.0
-        self.signalled, self.interrupted = False, False  # in this process; as agreed by all
-        self.since_evaluation: list[dict[str, float]] = []
-        self.board: SummaryWriter | None = None
-
-    @property
-    def last_step(self) -> int:
-        """Where the run ends; the schedule spans all epochs all the same."""
-        steps = self.config.train.epochs * self.epoch_steps
-        return min(steps, self.config.train.max_steps or steps)
-
-    @property
-    def done(self) -> bool:
-        return self.interrupted or self.step >= self.last_step
-
-    def due(self, every: int) -> bool:
-        """Whether something that happens `every` so many steps (0: every epoch) and at the end happens now."""
-        return self.step % (every or self.epoch_steps) == 0 or self.step >= self.last_step
-
-    def open(self, resume: bool) -> None:
-        """Makes the folder and takes up the last saved step if there is one.
-
-        Raises:
-            ConfigError: the folder holds a run and `resume` is not set, or that run was of another shape.
-        """
-        last, previous = self.folder / "last.pt", self.folder / "previous.pt"
-        if not resume and (last.exists() or previous.exists()):
-            raise ConfigError(f"run_dir: {self.folder} holds a run; go on with it by --resume, or name another run_dir")
-        if last.exists() or previous.exists():
-            try:
-                self.load(last)
-            except CheckpointError as error:
-                say(f"{error}; going on from {previous}")
-                self.load(previous)
-                if distributed.is_main() and last.exists():
-                    last.replace(last.with_name("last.pt.broken"))  # so that it never becomes previous.pt
-            say(f"resumed {self.folder} at step {self.step} of {self.last_step}")
-        if distributed.is_main():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(yaml.safe_dump(configs.to_dict(self.config), sort_keys=False))
-            self.forget_later_metrics()
-            self.board = SummaryWriter(str(self.folder), purge_step=self.step)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.interrupt)
-
-    def interrupt(self, number: int, _: Any) -> None:
-        """Ends the run after this step; the second signal ends it at once."""
-        self.signalled = True
-        signal.signal(number, signal.SIG_DFL)
-
-    def load(self, path: Path) -> None:
-        """Takes up a saved step.
-
-        Raises:
-            CheckpointError: missing or truncated. ConfigError: of a run of another shape.
-        """
-        content = checkpoint.read(path)
-        if content["epoch_steps"] != self.epoch_steps:
-            raise ConfigError(
-                f"{path}: had {content['epoch_steps']} steps an epoch, now {self.epoch_steps}: resume with the same "
-                "pages, data.batch_size, train.accumulate and number of processes"
-            )
-        if [c["name"] for c in content["categories"]] != [c["name"] for c in self.categories]:
-            raise ConfigError(f"{path}: has other categories than data.train.annotations")
-        try:
-            self.model.load_state_dict(content["model"])
-            self.ema.module.load_state_dict(content["ema"])
-            self.optimizer.load_state_dict(content["optimizer"])
-        except (RuntimeError, ValueError) as error:
-            raise ConfigError(f"{path}: does not fit the model of this config: {error}") from error
-        self.step, self.best = content["step"], content["best"]
-
-    def save(self) -> None:
-        """Writes last.pt; the one before it stays as previous.pt."""
-        if distributed.is_main():
-            last = self.folder / "last.pt"
-            content = checkpoint.weights(self.config, self.categories, self.ema.module) | {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "step": self.step,
-                "best": self.best,
-                "epoch_steps": self.epoch_steps,
-            }
-            checkpoint.save(last, content, keep=self.folder / "previous.pt")
-        distributed.barrier()
-
-    def evaluate(self, batches: DataLoader[Batch], pages: Source) -> None:
-        """Measures the averaged model; writes metrics.jsonl, TensorBoard, a picture, and best.pt if it is the best."""
-        distributed.broadcast_buffers(self.ema.module)  # every process has its own batch-norm statistics
-        metrics = evaluate(self.ema.module, batches, pages, self.config.train.bf16)
-        average = metrics["AP"] or 0.0  # None: no boxes to find
-        better, self.best = average > self.best, max(average, self.best)
-        if self.board is None:
-            return
-        steps, self.since_evaluation = self.since_evaluation, []
-        training = {key: float(np.mean([step[key] for step in steps])) for key in steps[0]} if steps else {}
-        line = {"step": self.step, "epoch": self.step / self.epoch_steps, **metrics, "train": training}
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        say(f"step {self.step}\n{table(metrics)}")
-
-        classes = {f"val_class/{name}": numbers["AP"] for name, numbers in metrics.pop("per_class").items()}
-        for name, value in ({f"val/{name}": value for name, value in metrics.items()} | classes).items():
-            if value is not None:
-                self.board.add_scalar(name, value, self.step)
-        if steps:
-            norms = np.array([step["gradient_norm"] for step in steps])
-            self.board.add_histogram("train/gradient_norm_before_clipping", norms, self.step)
-        picture = grid(
-            [beside_truth(self.ema.module, pages, i, self.config.data) for i in range(min(3, len(pages.ids)))], 1
-        )
-        (self.folder / "pictures").mkdir(exist_ok=True)
-        Image.fromarray(picture).save(self.folder / "pictures" / f"step_{self.step:07d}.png")
-        if better:
-            checkpoint.save(self.folder / "best.pt", checkpoint.weights(self.config, self.categories, self.ema.module))
-
-    def forget_later_metrics(self) -> None:
-        """Drops the lines of evaluations after the step that the run resumes from: they will be written again."""
-        path = self.folder / "metrics.jsonl"
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= self.step]
-            path.write_text("".join(f"{line}\n" for line in lines))
 
 
 def prepare(config: Config) -> None:
@@ -177,12 +26,6 @@ def prepare(config: Config) -> None:
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     torch.manual_seed(config.train.seed)  # the same in every process: all start from the same weights
-
-
-def say(text: str) -> None:
-    """Prints on the main process only."""
-    if distributed.is_main():
-        tqdm.write(text)
 
 
 def check_categories(train: Source, val: Source) -> None:
@@ -222,11 +65,16 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def train_epoch(run: Run, loader: DataLoader[Batch], sampler: TrainBatches, losses_of: Losses) -> Iterator[int]:
-    """Trains to the end of the current epoch (or of the run), yielding after every optimizer step.
+    """Trains to the end of the current epoch (or of the run), yielding where something may be due.
+
+    That is after every optimizer step, at the start of a resumed run, and before leaving early.
 
     Raises:
         FloatingPointError: a loss or the gradient is not finite; names term, step and image ids. Nothing was changed.
+        PageError: a page cannot be read; names it. Raised after a yield, at which the run is saved.
     """
+    if run.evaluation_due:
+        yield run.step
     config = run.config.train
     epoch, start = divmod(run.step, run.epoch_steps)
     sampler.set_position(epoch, start * config.accumulate)
@@ -237,8 +85,14 @@ def train_epoch(run: Run, loader: DataLoader[Batch], sampler: TrainBatches, loss
     with tqdm(None, title, run.epoch_steps, initial=start, unit="step", mininterval=0.5, disable=hidden) as bar:
         while run.step < last and not run.interrupted:
             began = time.perf_counter()
+            trained, failure = fetch(batches, config.accumulate)
+            run.interrupted = distributed.any_process(run.signalled or failure is not None)
+            if run.interrupted:
+                yield run.step
+                if failure is not None:
+                    raise PageError(f"{failure}; stopped at step {run.step}, go on with --resume once it is mended")
+                return
             torch.manual_seed(step_seed(config.seed, run.step))
-            trained = [next(batches) for _ in range(config.accumulate)]
             values = optimize(run, [batch.to(run.device) for batch in trained], losses_of)
             run.step += 1
             pages = sum(len(batch.targets) for batch in trained) * distributed.world_size()
@@ -251,8 +105,15 @@ def train_epoch(run: Run, loader: DataLoader[Batch], sampler: TrainBatches, loss
                         run.board.add_scalar(f"train/{name}", value, run.step)
             bar.set_postfix({key: f"{values[key]:.3g}" for key in shown}, refresh=False)
             bar.update()
-            run.interrupted = distributed.any_process(run.signalled)
             yield run.step
+
+
+def fetch(batches: Iterator[Batch], count: int) -> tuple[list[Batch], PageError | None]:
+    """The next batches, or why there are none: other processes must hear of it before this one stops."""
+    try:
+        return [next(batches) for _ in range(count)], None
+    except PageError as error:
+        return [], error
 
 
 def optimize(run: Run, batches: list[Batch], losses_of: Losses) -> dict[str, float]:
@@ -282,7 +143,7 @@ def optimize(run: Run, batches: list[Batch], losses_of: Losses) -> dict[str, flo
     run.optimizer.step()
     run.optimizer.zero_grad()
     run.ema.update(run.model, run.step)
-    return values | {"learning_rate": rate}
+    return values | {"learning_rate": rate, "learning_rate_backbone": rate * config.backbone_factor}
 
 
 def padded_share(batch: Batch) -> float:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,38 +24,59 @@ OFFICIAL = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "
 MAX_DETECTIONS = [1, 10, 100, 300]  # a page: COCO's three, and as many as `detect` gives
 
 
-def evaluate(model: DFine, batches: DataLoader[Batch], pages: Source, bf16: bool = False) -> dict[str, Any]:
+class Stopped(Exception):
+    """An evaluation was given up because a process was told to stop; raised in every process."""
+
+
+def evaluate(
+    model: DFine,
+    batches: DataLoader[Batch],
+    pages: Source,
+    bf16: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
     """The metrics of `coco_metrics`, in every process; all must call it. Leaves the model in evaluation mode."""
-    detections = find(model, batches, pages, bf16)
+    detections = find(model, batches, pages, bf16, stop)
     metrics = coco_metrics(pages.ground_truth(), detections) if distributed.is_main() else None
     return distributed.gather(metrics)[0]
 
 
 @torch.inference_mode()
-def find(model: DFine, batches: DataLoader[Batch], pages: Source, bf16: bool = False) -> list[dict[str, Any]]:
+def find(
+    model: DFine,
+    batches: DataLoader[Batch],
+    pages: Source,
+    bf16: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> list[dict[str, Any]]:
     """COCO results of all processes' pages: up to 300 a page, pages in the order of the json, the best first.
 
     Leaves the model in evaluation mode: it is the averaged one, which never trains.
 
     Args:
-        batches: this process's share of the pages. bf16: autocast, on a GPU.
+        batches: this process's share of the pages. bf16: autocast, on a GPU. stop: asked before each batch.
     Returns:
         On the main process image_id, category_id (the json's), bbox (xywh in pixels of the original image) and score;
         an empty list on the others.
     Raises:
         FloatingPointError: a score or a box is not finite; names the image id.
+        Stopped: a process was told to stop; no process waits for another's remaining batches then.
     """
     model.eval()
     device = model.mean.device
     share: dict[int, Detections] = {}
     for batch in tqdm(batches, "evaluation", unit="batch", leave=False, disable=not distributed.is_main()):
+        if stop():
+            break
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type == "cuda"):
             output = model(batch.images.to(device), batch.sizes.to(device))
         found = detect(output, [target.size for target in batch.targets])
         for target, page in zip(batch.targets, found, strict=True):
             share[target.image_id] = finite_on_cpu(page, f"image {target.image_id}")
     everywhere: dict[int, Detections] = {}
-    for part in distributed.gather(share):
+    for part in distributed.gather(None if stop() else share):
+        if part is None:
+            raise Stopped
         everywhere |= part
     if not distributed.is_main():
         return []
@@ -102,8 +124,10 @@ def coco_metrics(ground_truth: dict[str, Any], detections: list[dict[str, Any]])
         truth = COCO()
         truth.dataset = ground_truth
         truth.createIndex()
-        # loadRes fails on an empty list, and writes into the dictionaries it gets.
-        found = truth.loadRes([dict(detection) for detection in detections]) if detections else COCO()
+        # loadRes fails on an empty list, writes into the dictionaries it gets, and gives outlines to those without.
+        found = (
+            truth.loadRes([detection | {"segmentation": None} for detection in detections]) if detections else COCO()
+        )
         result = COCOeval(truth, found, "bbox")
         result.params.maxDets = MAX_DETECTIONS
         result.evaluate()

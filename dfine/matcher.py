@@ -30,11 +30,12 @@ def matching_cost(logits: Tensor, boxes: Tensor, labels: Tensor, truth: Tensor, 
     return config.classes * classes + config.l1 * l1 - config.giou * giou
 
 
-def match(logits: Tensor, boxes: Tensor, targets: list[Target], config: MatcherConfig) -> Matches:
+def match(logits: Tensor, boxes: Tensor, targets: list[Target], config: MatcherConfig, last_copies: int = 1) -> Matches:
     """Assigns to each head's queries the boxes of their page one to one, at the least total cost.
 
     Args:
         logits: (H, B, Q, C) of H heads. boxes: (H, B, Q, 4).
+        last_copies: how many queries of the last head each box goes to, as far as there are as many.
     Returns:
         On the CPU; `layer` is the head. Every box is matched once a head, unless a page has more boxes than queries.
     Raises:
@@ -47,10 +48,12 @@ def match(logits: Tensor, boxes: Tensor, targets: list[Target], config: MatcherC
     pairs: list[tuple[np.ndarray, ...]] = []
     first = 0
     for i, target in enumerate(targets):
+        count = max(1, len(target.labels))
         for head, cost in enumerate(costs[:, i, :, : len(target.labels)]):
             if not np.isfinite(cost).all():
                 raise FloatingPointError(f"matching cost of head {head} is not finite on image {target.image_id}")
-            query, box = linear_sum_assignment(cost)
-            pairs.append((np.full_like(query, head), np.full_like(query, i), query, box + first))
+            copies = max(1, min(last_copies, len(cost) // count)) if head == len(costs) - 1 else 1
+            query, box = linear_sum_assignment(np.tile(cost, copies))
+            pairs.append((np.full_like(query, head), np.full_like(query, i), query, box % count + first))
         first += len(target.labels)
     return Matches(*(torch.from_numpy(np.concatenate(column)) for column in zip(*pairs, strict=True)))

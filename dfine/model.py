@@ -1,6 +1,7 @@
 """D-FINE: backbone, hybrid encoder, query selection, decoder."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfine.backbone import Backbone
@@ -17,7 +18,7 @@ class DFine(nn.Module):
     """Pages in, boxes out.
 
     Everything is computed in the frame of each page's own valid size, so that a page's answer does not depend on
-    how far its batch is padded (up to convolutions that read padding).
+    how far its batch is padded (in training, up to convolutions that read padding).
     """
 
     mean: Tensor
@@ -68,9 +69,7 @@ class DFine(nn.Module):
             on_page = [cells_on_page(canvas, sizes, stride) for stride in self.strides]  # (B, cells) each
             valid_ratio = (sizes / sizes.new_tensor(canvas)).flip(-1)  # (B, 2) width, height
 
-        maps = self.backbone(self.normalise(images, sizes))
-        maps = self.encoder(maps, on_page and on_page[-1])
-        maps = [project(x) for project, x in zip(self.projections, maps, strict=True)]  # (B, D, H / stride, W / stride)
+        maps = self.encode(images, sizes) if self.training else self.encode_apart(images, sizes)
         shapes = [(x.shape[-2], x.shape[-1]) for x in maps]
         memory = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)  # (B, S, D)
         if on_page is not None:
@@ -96,6 +95,32 @@ class DFine(nn.Module):
             content = gather(tokens, shared.cells).detach()
             answers, _ = self.decoder(content, shared.proposal, *places, every_layer=self.training)
         return DFineOutput(refined, queries, initial, encoder, denoising, answers)
+
+    def encode(self, images: Tensor, sizes: Tensor | None) -> list[Tensor]:
+        """The encoder's maps (B, D, H / stride, W / stride)."""
+        canvas = (images.shape[-2], images.shape[-1])
+        on_page = None if sizes is None else cells_on_page(canvas, sizes, self.strides[-1])
+        maps = self.encoder(self.backbone(self.normalise(images, sizes)), on_page)
+        return [project(x) for project, x in zip(self.projections, maps, strict=True)]
+
+    def encode_apart(self, images: Tensor, sizes: Tensor | None) -> list[Tensor]:
+        """`encode`, each page on the canvas that it has when it is alone: what else is in the batch does not matter."""
+        if sizes is None:
+            return self.encode(images, None)
+        last, (height, width) = self.strides[-1], images.shape[-2:]
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i, (h, w) in enumerate(((sizes + last - 1) // last * last).tolist()):
+            groups.setdefault((h, w), []).append(i)
+        if list(groups) == [(height, width)]:
+            return self.encode(images, sizes)
+        parts = []
+        for (h, w), pages in groups.items():
+            own = self.encode(images[pages, :, :h, :w], sizes[pages])
+            parts.append(
+                [F.pad(x, (0, (width - w) // s, 0, (height - h) // s)) for x, s in zip(own, self.strides, strict=True)]
+            )
+        back = torch.tensor([i for pages in groups.values() for i in pages], device=images.device).argsort()
+        return [torch.cat(level)[back] for level in zip(*parts, strict=True)]
 
     def deploy(self) -> "DFine":
         """Makes the model faster, for use only: it can be neither trained nor saved after this.

@@ -1,32 +1,50 @@
-"""Parameter groups, the learning-rate schedule, and the averaged weights."""
+"""Parameter groups, optimizers, the learning-rate schedule, and the averaged weights."""
 
 import math
 
 import torch
+from timm.optim.muon import Muon
 from timm.utils import ModelEmaV3
 from torch import nn, optim
 
 from dfine.config import TrainConfig
+from dfine.model import DFine, class_dependent
 
 
-def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict]:
-    """Up to four groups: backbone or not, decayed or not (norms, biases and other vectors are not)."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+def parameter_groups(model: DFine, config: TrainConfig) -> list[dict]:
+    """Backbone or not, decayed or not (norms, biases and other vectors are not), and what has a row for each class.
+
+    There is nothing to orthogonalise between the rows of classes (class heads, denoising embedding): AdamW's always.
+    """
+    rows_of_classes = class_dependent(model)
+    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        groups.setdefault((name.startswith("backbone."), parameter.dim() > 1), []).append(parameter)
+        decayed = parameter.dim() > 1
+        key = (name.startswith("backbone."), decayed, decayed and name in rows_of_classes)
+        groups.setdefault(key, []).append(parameter)
     return [
         {
             "params": parameters,
-            "name": f"{'backbone' if backbone else 'head'}{'' if decayed else ', no decay'}",
-            "factor": config.backbone_factor if backbone else 1.0,
+            "name": ("classes" if classes else "backbone" if backbone else "head") + ("" if decayed else ", no decay"),
+            "factor": (config.backbone_factor if backbone else 1.0) * (config.muon_factor or 1.0),
             "weight_decay": config.weight_decay if decayed else 0.0,
+            "use_fallback": classes or not decayed,
         }
-        for (backbone, decayed), parameters in groups.items()
+        for (backbone, decayed, classes), parameters in groups.items()
     ]
 
 
-def adamw(model: nn.Module, config: TrainConfig) -> optim.AdamW:
-    return optim.AdamW(parameter_groups(model, config), lr=config.learning_rate, fused=True)
+def optimizer(model: DFine, config: TrainConfig) -> optim.Optimizer:
+    """AdamW, or with `muon_factor` timm's Muon, which falls back to AdamW where it does not apply.
+
+    Both with Nesterov's momentum then.
+    """
+    groups = parameter_groups(model, config)
+    if not config.muon_factor:
+        return optim.AdamW(groups, lr=config.learning_rate, fused=True)
+    return Muon(
+        groups, nesterov=True, ns_coefficients="original", betas=(0.9, 0.999), fallback_lr_scale=1 / config.muon_factor
+    )
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:

@@ -121,3 +121,8 @@ def test_weights_of_another_model_are_refused(tmp_path: Path):
 def test_a_model_without_published_weights_says_so():
     with pytest.raises(ConfigError, match=r"model.backbone.pretrained: timm has no weights for resnet50t"):
         Backbone(BackboneConfig("resnet50t"), (8, 16, 32))
+
+
+def test_checkpointing_is_refused_where_timm_has_none():
+    with pytest.raises(ConfigError, match=r"model\.backbone\.checkpointing: timm offers none .* test_vit"):
+        Backbone(BackboneConfig("test_vit", pretrained=False, checkpointing=True), (16,))

@@ -183,6 +183,16 @@ def test_a_missing_file_is_named(tmp_path: Path):
         ("model.decoder.heads", "0", "1 or more"),
         ("model.encoder.heads", "0", "1 or more"),
         ("loss.temperature", "0", "positive"),
+        ("distill.alpha", "-1", "0 or more"),
+        ("distill.beta", "-1", "0 or more"),
+        ("distill.classes.weight", "-1", "0 or more"),
+        ("distill.classes.loss", "bce", "kl or mse"),
+        ("distill.classes.temperature", "0", "positive"),
+        ("distill.boxes.weight", "-1", "0 or more"),
+        ("distill.boxes.loss", "giou", "l1 or mse"),
+        ("distill.go_lsd.weight", "-1", "0 or more"),
+        ("distill.go_lsd.temperature", "0", "positive"),
+        ("distill.go_lsd.start_epoch", "-1", "0 or more"),
         ("model.mean", "[0.5]", "three numbers"),
         ("model.std", "[0.5, 0.5, 0]", "three positive numbers"),
         ("data.batch_size", "0", "1 or more"),
@@ -205,3 +215,10 @@ def test_the_long_edge_cannot_be_shorter_than_the_short_one():
 def test_the_encoders_width_is_a_multiple_of_its_heads():
     assert refused("model.encoder.heads=7") == "model.encoder.heads: must be a divisor of the encoder's width 256"
     assert refused("model.encoder.hidden_dim=300").endswith("the encoder's width 300")
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_configs_that_come_along_can_be_read(path: Path):
+    config = load(path)
+    assert config.run_dir == f"runs/{path.stem}"
+    assert bool(config.distill.teacher) == path.stem.startswith("student")

@@ -98,6 +98,12 @@ def test_annotations_are_renumbered_from_1(tmp_path: Path) -> None:
     assert [(a["id"], a["area"]) for a in source.ground_truth()["annotations"]] == [(1, 6), (2, 1)]
 
 
+def test_outlines_are_not_kept(tmp_path: Path) -> None:
+    outlined = annotation(1, [0, 0, 2, 3], segmentation=[[0, 0, 2, 0, 2, 3, 0, 3]])
+    source = CocoPages(*write(tmp_path, [image(1)], [outlined]))
+    assert "segmentation" not in source.ground_truth()["annotations"][0]
+
+
 def test_file_names_may_have_accents_and_folders(tmp_path: Path) -> None:
     source = CocoPages(*write(tmp_path, [image(1, file_name="sub dir/página_ñ.png")], []))
     assert source.read(0)[0].shape == (40, 30, 3)

@@ -35,7 +35,7 @@ def test_row_major_positions():
 
 def test_page_frame_under_padding():
     """In the original boxes are fractions of the canvas, so a page's answer changes with the padding of its batch."""
-    model = shaken(tiny_model()).eval()
+    model = shaken(tiny_model())
     page, canvas, share = (64, 96), (96, 160), torch.tensor([96 / 160, 64 / 96] * 2)
     torch.manual_seed(0)
     maps = [torch.randn(1, 32, page[0] // stride, page[1] // stride) for stride in (8, 16, 32)]

@@ -170,3 +170,23 @@ def test_a_cost_that_is_not_finite_stops_and_names_head_and_image(broken: float)
     boxes[1, 1, 2, 0] = broken
     with pytest.raises(FloatingPointError, match=r"head 1 .* image 42"):
         match(logits, boxes, pages, CONFIG)
+
+
+# Several queries for a box, in the last head
+
+
+def test_with_copies_every_box_of_the_last_head_has_as_many_queries_and_the_other_heads_keep_theirs():
+    torch.manual_seed(0)
+    pages, (logits, boxes) = random_pages(3, 0, 5), random_heads(3, 3, 20)
+    plain, copied = match(logits, boxes, pages, CONFIG), match(logits, boxes, pages, CONFIG, last_copies=4)
+    assert {pair for pair in as_set(copied) if pair[0] < 2} == {pair for pair in as_set(plain) if pair[0] < 2}
+    last = [pair for pair in as_set(copied) if pair[0] == 2]
+    assert sorted(box for *_, box in last) == sorted([*range(8)] * 4)
+    assert len({(page, query) for _, page, query, _ in last}) == len(last)
+
+
+def test_copies_take_no_box_its_only_query():
+    torch.manual_seed(0)
+    logits, boxes = random_heads(1, 1, 7)
+    matches = match(logits, boxes, random_pages(5), CONFIG, last_copies=4)
+    assert sorted(matches.target.tolist()) == [0, 1, 2, 3, 4]

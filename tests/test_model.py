@@ -139,6 +139,18 @@ def test_pages_are_answered_apart_in_evaluation():
     torch.testing.assert_close(together.boxes[:, 1:], alone.boxes)
 
 
+@torch.no_grad()
+def test_in_evaluation_a_page_is_answered_as_alone_whatever_shape_its_neighbours_have():
+    model = shaken(tiny_model()).eval()
+    sizes = torch.tensor([[60, 90], [150, 40], [64, 96], [33, 200]])
+    images = torch.randint(256, (4, 3, 160, 224), dtype=torch.uint8)
+    together = model(images, sizes).refined
+    for i, (height, width) in enumerate([(64, 96), (160, 64), (64, 96), (64, 224)]):
+        alone = model(images[i : i + 1, :, :height, :width], sizes[i : i + 1]).refined
+        torch.testing.assert_close(together.boxes[:, i : i + 1], alone.boxes, atol=1e-4, rtol=0)
+        torch.testing.assert_close(together.logits[:, i : i + 1], alone.logits, atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize(("height", "width"), [(640, 480), (480, 640)])
 def test_upright_and_lying_pages_work(height: int, width: int):
     model = tiny_model().eval()

@@ -2,21 +2,29 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
+from processes import ends, launch
 
+import evaluate as evaluate_script
 import train as train_script
-from dfine import checkpoint, engine
-from dfine.config import ConfigError
+from dfine import checkpoint, distributed, engine, evaluation
+from dfine.config import ConfigError, DataConfig
+from dfine.data import TrainBatches
+from dfine.run import Run
+from dfine.transforms import PageError
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -69,13 +77,13 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "tiny.yaml"
 
 
-def train(config: Path, run_dir: Path, *arguments: str) -> None:
-    """train.py in this process."""
+def train(config: Path, run_dir: Path, *arguments: str, script: ModuleType = train_script) -> None:
+    """train.py, or a script like it, in this process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["train.py", "--config", str(config), f"run_dir={run_dir}", *arguments])
+        patch.setattr(sys, "argv", [script.__name__, "--config", str(config), f"run_dir={run_dir}", *arguments])
         try:
-            train_script.main()
+            script.main()
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -111,7 +119,7 @@ def same(a: object, b: object) -> bool:
 
 def state(run_dir: Path) -> dict:
     content = checkpoint.read(run_dir / "last.pt")
-    del content["config"]  # names the run folder
+    del content["config"], content["since_evaluation"]  # the run folder and times
     return content
 
 
@@ -126,7 +134,17 @@ def test_a_run_leaves_config_metrics_checkpoints_and_a_picture(uninterrupted: Pa
     lines = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [4, 8]
     assert {"AP", "AP50", "AR100", "AP_300", "per_class", "train"} <= lines[0].keys()
-    assert {"loss", "gradient_norm", "learning_rate", "padded_share", "pages_per_second"} <= lines[0]["train"].keys()
+    logged = {
+        "loss",
+        "vfl",
+        "gradient_norm",
+        "learning_rate",
+        "learning_rate_backbone",
+        "padded_share",
+        "pages_per_second",
+    }
+    assert logged <= lines[0]["train"].keys()
+    assert sum(lines[0]["train"]["gradient_norm_histogram"]["counts"]) == 4
     assert yaml.safe_load((uninterrupted / "config.yaml").read_text())["model"]["hidden_dim"] == 32
     assert {path.name for path in uninterrupted.iterdir()} >= {"last.pt", "previous.pt", "best.pt", "pictures"}
     assert len(list((uninterrupted / "pictures").iterdir())) == 2
@@ -156,26 +174,12 @@ def test_a_run_stopped_in_mid_epoch_and_resumed_equals_the_uninterrupted_one(
     assert same(state(tmp_path / "run"), state(uninterrupted))
 
 
-def test_accumulated_steps_resume_exactly_too(config: Path, tmp_path: Path) -> None:
-    train(config, tmp_path / "whole", "train.accumulate=2")
-    train(config, tmp_path / "parts", "train.accumulate=2", "train.max_steps=3")
-    train(config, tmp_path / "parts", "train.accumulate=2", "--resume")
+def test_accumulated_steps_and_muon_resume_exactly_too(config: Path, tmp_path: Path) -> None:
+    own = ("train.accumulate=2", "train.muon_factor=10")
+    train(config, tmp_path / "whole", *own)
+    train(config, tmp_path / "parts", *own, "train.max_steps=3")
+    train(config, tmp_path / "parts", *own, "--resume")
     assert same(state(tmp_path / "parts"), state(tmp_path / "whole"))
-
-
-def test_a_killed_run_goes_on_from_the_last_saved_step(config: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    process = start("train.py", "--config", str(config), f"run_dir={run}")
-    while not (run / "previous.pt").exists():  # two steps are saved
-        time.sleep(0.01)
-        assert process.poll() is None
-    process.kill()
-    process.communicate()
-    (run / "last.pt.writing").write_bytes(b"half a checkpoint")  # as if killed while writing
-    train(config, run, "--resume")
-    assert same(state(run), state(uninterrupted))
-    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [4, 8]
 
 
 def test_a_truncated_checkpoint_is_named_and_the_previous_one_used(
@@ -193,38 +197,128 @@ def test_a_truncated_checkpoint_is_named_and_the_previous_one_used(
     assert same(state(run), state(uninterrupted))
 
 
-def test_sigterm_saves_and_leaves_cleanly(config: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    process = start("train.py", "--config", str(config), f"run_dir={run}", "train.save_every=0", "train.epochs=500")
-    while not (run / "metrics.jsonl").exists():
-        time.sleep(0.01)
-        assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert "Traceback" not in finish(process)
-    assert state(run)["step"] >= 4
+# Stopped in the middle: what happens to a process is done to it from inside, so that it happens at a known step
 
 
-def test_two_processes_train_evaluate_every_page_once_and_resume_exactly(config: Path, tmp_path: Path) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    own = ("train.py", "--config", str(config), "data.batch_size=1", "data.workers=1")
-    finish(start(*own, f"run_dir={whole}", processes=2))
-    finish(start(*own, f"run_dir={parts}", "train.max_steps=3", processes=2))
-    finish(start(*own, f"run_dir={parts}", "--resume", processes=2))
-    assert same(state(parts), state(whole))
-    assert "AP50" in finish(start("evaluate.py", "--checkpoint", str(whole / "last.pt")))
-    metrics = json.loads((whole / "metrics.json").read_text())
-    last = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
-    assert {key: last[key] for key in metrics} == metrics
-    assert len({d["image_id"] for d in json.loads((whole / "detections.json").read_text())}) == 8
+def killed_while_saving(step: int) -> None:
+    whole = torch.save
+
+    def half(content: dict, file: BinaryIO) -> None:
+        if content.get("step") == step:
+            file.write(b"half a checkpoint")
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        whole(content, file)
+
+    torch.save = half
 
 
-def test_a_process_whose_pages_are_all_empty_does_not_hang_the_other(tmp_path: Path) -> None:
-    own = pages(tmp_path / "pages", count=2, empty=(0,))
-    tree = TINY | {"data": TINY["data"] | {"train": own, "val": own, "batch_size": 1}}
+def killed_while_evaluating() -> None:
+    evaluation.coco_metrics = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def signalled_in_step(step: int, number: signal.Signals, rank: int) -> None:
+    """The process and its loader's workers get the signal, as from a terminal or a job scheduler."""
+    whole = engine.optimize
+
+    def optimize(run: Run, *arguments: Any) -> dict[str, float]:
+        if run.step == step - 1 and distributed.rank() == rank:
+            os.killpg(os.getpgid(0), number)
+        return whole(run, *arguments)
+
+    engine.optimize = optimize
+
+
+def stopped(config: Path, run: Path, own: tuple[str, ...], stop: Callable[..., None], *how: object) -> None:
+    """train.py as one process that something happens to."""
+    stop(*how)
+    train(config, run, *own)
+
+
+def evaluations(run: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        del line["train"]["pages_per_second"]
+    return lines
+
+
+def test_wherever_two_processes_with_workers_are_stopped_they_resume_to_the_uninterrupted_run(
+    config: Path, tmp_path: Path
+) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "parts"
+    own = ("data.batch_size=1", "data.workers=1", "train.save_every=2")
+    assert ends(launch(train, config, whole, *own)) == [0, 0]
+
+    assert ends(launch(stopped, config, run, own, killed_while_saving, 4))[0] == -signal.SIGKILL
+    assert state(run)["step"] == 2
+    own += ("--resume",)
+    assert ends(launch(stopped, config, run, own, killed_while_evaluating))[0] == -signal.SIGKILL
+    assert state(run)["step"] == 4
+    assert not (run / "metrics.jsonl").exists()
+    assert ends(launch(stopped, config, run, own, signalled_in_step, 5, signal.SIGINT, 1)) == [0, 0]
+    assert state(run)["step"] == 5
+    assert ends(launch(stopped, config, run, own, signalled_in_step, 8, signal.SIGTERM, 0)) == [0, 0]
+    assert [line["step"] for line in evaluations(run)] == [4]  # the one at step 8 was given up
+    assert ends(launch(train, config, run, *own)) == [0, 0]
+    assert same(state(run), state(whole))
+    assert evaluations(run) == evaluations(whole)
+    assert same(checkpoint.read(run / "best.pt")["ema"], checkpoint.read(whole / "best.pt")["ema"])
+
+
+def test_a_killed_run_goes_on_from_the_last_saved_step(config: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    (process,) = launch(
+        stopped, config, tmp_path, ("train.save_every=3",), signalled_in_step, 8, signal.SIGKILL, 0, count=1
+    )
+    assert ends([process]) == [-signal.SIGKILL]
+    assert state(tmp_path)["step"] == 6
+    train(config, tmp_path, "--resume")
+    assert same(state(tmp_path), state(uninterrupted))
+    assert evaluations(tmp_path) == evaluations(uninterrupted)
+
+
+def test_a_page_that_cannot_be_read_stops_all_processes_and_loses_nothing(config: Path, tmp_path: Path) -> None:
+    own = pages(tmp_path / "pages", empty=(1,))
+    order = list(TrainBatches([(110, 90)] * 8, DataConfig(batch_size=2), seed=0, accumulate=1))
+    page = Path(own["images"]) / f"{order[2][1].page}.png"  # in the third step, of the second process
+    page.write_bytes(page.read_bytes()[:100])
+    arguments = (f"data.train.images={own['images']}", "data.batch_size=1", "data.workers=1")
+    assert ends(launch(failing, tmp_path / "error", config, tmp_path / "run", *arguments)) == [0, 1]
+    assert state(tmp_path / "run")["step"] == 2
+    assert re.fullmatch(
+        rf"{page}: cannot read the image: .*; stopped at step 2, go on with --resume .*",
+        (tmp_path / "error").read_text(),
+    )
+
+
+def failing(error_file: Path, *arguments: Any) -> None:
+    """train.py, keeping what it stops with."""
+    try:
+        train(*arguments)
+    except PageError as error:
+        error_file.write_text(str(error))
+        raise
+
+
+def test_torchrun_trains_and_evaluates_every_page_once_although_pages_do_not_divide(tmp_path: Path) -> None:
+    own = pages(tmp_path / "pages", count=7, empty=(1,))
+    tree = TINY | {"data": TINY["data"] | {"train": own, "val": own}}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree))
     run = tmp_path / "run"
-    finish(start("train.py", "--config", str(tmp_path / "tiny.yaml"), f"run_dir={run}", "train.epochs=3", processes=2))
-    assert state(run)["step"] == 3
+    assert "AP50" in finish(start("train.py", "--config", str(tmp_path / "tiny.yaml"), f"run_dir={run}", processes=2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["evaluate.py", "--checkpoint", str(run / "last.pt")])
+        evaluate_script.main()
+    metrics = json.loads((run / "metrics.json").read_text())
+    last = evaluations(run)[-1]
+    assert {key: last[key] for key in metrics} == metrics  # of one process
+    assert len({d["image_id"] for d in json.loads((run / "detections.json").read_text())}) == 7
+
+
+def test_a_process_whose_pages_are_all_empty_does_not_hang_the_other(config: Path, tmp_path: Path) -> None:
+    own = pages(tmp_path / "pages", count=2, empty=(0,))
+    data = [f"data.train.{key}={value}" for key, value in own.items()]
+    assert ends(launch(train, config, tmp_path / "run", *data, "data.batch_size=1", "train.epochs=3")) == [0, 0]
+    assert state(tmp_path / "run")["step"] == 3
 
 
 def test_a_non_finite_loss_stops_with_term_step_and_images_and_keeps_the_checkpoint(
@@ -293,6 +387,56 @@ def test_other_classes_start_anew_and_the_rest_is_loaded(
     }
     assert moved
     assert not any(name.startswith("backbone.") for name in moved)  # it was frozen in this step
+
+
+PUBLAYNET = ("text", "title", "list", "table", "figure")
+DOCLAYNET = ("Caption", "Footnote", "Formula", "List-item", "Page-footer", "Page-header")
+DOCLAYNET += ("Picture", "Section-header", "Table", "Text", "Title")
+
+
+def publish(images: Path, annotations: Path, names: tuple[str, ...], suffix: str, size: tuple[int, int]) -> None:
+    """Three pages with a box of each class, ids from 1, as PubLayNet and DocLayNet have them."""
+    entries, boxes = [], []
+    for i in range(1, 4):
+        file = images / f"{annotations.stem}_{i}.{suffix}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, "white").save(file)
+        entries.append({"id": i, "file_name": file.name, "width": size[0], "height": size[1]})
+        boxes += [
+            {"id": len(boxes) + c, "image_id": i, "category_id": c, "bbox": [5.5, 7.0 * c, 30.0, 6.0], "iscrowd": 0}
+            for c in range(1, len(names) + 1)
+        ]
+    categories = [{"supercategory": "", "id": c, "name": name} for c, name in enumerate(names, start=1)]
+    annotations.parent.mkdir(parents=True, exist_ok=True)
+    annotations.write_text(json.dumps({"images": entries, "annotations": boxes, "categories": categories}))
+
+
+def test_publaynet_then_doclaynet_in_their_published_layouts_by_the_shipped_configs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "val", "test"):
+        publaynet, doclaynet = tmp_path / "data/publaynet", tmp_path / "data/doclaynet"
+        if split != "test":
+            publish(publaynet / split, publaynet / f"{split}.json", PUBLAYNET, "jpg", (61, 79))
+        publish(doclaynet / "PNG", doclaynet / "COCO" / f"{split}.json", DOCLAYNET, "png", (102, 102))
+    monkeypatch.chdir(tmp_path)
+    size = [f"data.{key}={value}" for key, value in TINY["data"].items()]
+    size += [
+        f"model.{part}.{key}={value}" for part in ("encoder", "decoder") for key, value in TINY["model"][part].items()
+    ]
+    size += ["model.hidden_dim=32", "model.backbone.name=resnet10t", "train.max_steps=1", "train.threads=1"]
+    train(ROOT / "configs/teacher.yaml", Path("runs/teacher"), "model.backbone.pretrained=false", *size)
+    assert "labels: 0 text (id 1), 1 title (id 2), 2 list (id 3), 3 table (id 4), 4 figure" in capsys.readouterr().out
+    train(ROOT / "configs/teacher_doclaynet.yaml", Path("runs/teacher_doclaynet"), *size)
+    printed = capsys.readouterr().out
+    assert re.search(r"runs/teacher/best\.pt \(classes text, .*: loaded \d+ of \d+ tensors; start anew: ", printed)
+    _, config, categories = checkpoint.load_model("runs/teacher_doclaynet/best.pt")
+    assert categories == [{"id": i, "name": name} for i, name in enumerate(DOCLAYNET, start=1)]
+    before, after = (checkpoint.read(f"runs/{run}/best.pt")["ema"] for run in ("teacher", "teacher_doclaynet"))
+    assert after["selection.class_head.weight"].shape == (11, 32)
+    backbone = [name for name in before if name.startswith("backbone.")]
+    assert all(torch.equal(before[name], after[name]) for name in backbone)  # frozen for the first 500 steps
+    assert config.train.freeze_backbone_steps == 500
 
 
 def test_the_step_seed_depends_on_seed_and_step() -> None:

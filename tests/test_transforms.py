@@ -165,9 +165,9 @@ def ink(page: np.ndarray) -> np.ndarray:
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
 
 
-@pytest.mark.parametrize("kind", NONE)
-def test_boxes_follow_the_pixels(kind: str) -> None:
-    steps = augmentation(AugmentConfig(**NONE | {kind: 1.0}))
+@pytest.mark.parametrize("kinds", [*((kind,) for kind in NONE), tuple(NONE)], ids=[*NONE, "all"])
+def test_boxes_follow_the_pixels(kinds: tuple[str, ...]) -> None:
+    steps = augmentation(AugmentConfig(**NONE | dict.fromkeys(kinds, 1.0)))
     for seed in range(15):
         page, box = black_rectangle(np.random.default_rng(seed))
         page, labels, boxes = augment(steps, page, np.array([4]), box, seed)
@@ -218,7 +218,7 @@ def test_the_seed_decides_everything() -> None:
 
 def test_a_blank_page_stays_a_page_without_boxes() -> None:
     page = np.full((64, 48, 3), 255, np.uint8)
-    found, labels, boxes = augment(augmentation(AugmentConfig(**ALL)), page, np.zeros(0), np.zeros((0, 4)), 0)
+    found, labels, boxes = augment(augmentation(AugmentConfig(**ALL)), page, np.zeros(0, np.int64), np.zeros((0, 4)), 0)
     assert found.shape == page.shape
     assert (labels.shape, labels.dtype, boxes.shape) == ((0,), np.int64, (0, 4))
 

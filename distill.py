@@ -1,0 +1,77 @@
+"""Trains a student with a frozen teacher: `torchrun distill.py --config configs/student_tiny.yaml [key=value ...]`.
+
+The teacher is a checkpoint, `distill.teacher=PATH`; what is saved is a plain detector.
+"""
+
+import argparse
+import sys
+
+import torch
+
+from dfine import checkpoint, config, distributed, engine
+from dfine.criterion import criterion
+from dfine.data import evaluation_loader, open_source, train_loader
+from dfine.denoising import freshly_noised
+from dfine.distillation import active, distillation
+from dfine.distributed import say
+from dfine.model import DFine
+from dfine.run import Run
+from dfine.structures import Batch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, help="a YAML file of configs/")
+    parser.add_argument("--resume", action="store_true", help="go on from the run folder's last.pt, if there is one")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.batch_size=8")
+    arguments = parser.parse_intermixed_args()
+    settings = config.load(arguments.config, arguments.overrides)
+
+    device = distributed.start()
+    engine.prepare(settings)
+    train_pages, val_pages = open_source(settings.data.train, "data.train"), open_source(settings.data.val, "data.val")
+    engine.check_categories(train_pages, val_pages)
+    say(engine.describe(train_pages, val_pages))
+    batches, sampler = train_loader(train_pages, settings)
+    val_batches = evaluation_loader(val_pages, settings)
+
+    model = DFine(settings.model, len(train_pages.categories))
+    if settings.model.init_from:
+        say(checkpoint.initialise(model, settings.model.init_from, train_pages.categories))
+    model.to(device).to(memory_format=torch.channels_last)  # convolutions are faster so
+    teacher = checkpoint.load_teacher(settings, arguments.config, train_pages.categories)
+    teacher.to(device).to(memory_format=torch.channels_last)
+    run = Run(settings, train_pages.categories, model, device, len(sampler) // settings.train.accumulate)
+    run.open(arguments.resume)
+    replica = engine.parallel(model, settings.train, device)
+
+    def losses_of(batch: Batch) -> dict[str, torch.Tensor]:
+        noised = freshly_noised(batch.targets, model.classes, settings.model.denoising)
+        weights = active(settings.distill, run.step / run.epoch_steps)
+        with engine.autocast(device, settings.train):
+            with torch.no_grad():
+                taught = teacher(batch.images, batch.sizes) if weights else None
+            output = replica(batch.images, batch.sizes, noised, taught.queries if taught else None)
+        losses = criterion(output, batch.targets, model.decoder.w, settings.loss)
+        losses = {name: settings.distill.beta * loss for name, loss in losses.items()}
+        if taught:
+            w = (model.decoder.w, teacher.decoder.w)
+            losses |= distillation(
+                output.shared, taught.refined, *w, batch.targets, weights, settings.distill, settings.loss.matcher
+            )
+        return losses
+
+    while not run.done:
+        for _ in engine.train_epoch(run, batches, sampler, losses_of):
+            if run.save_due:
+                run.save()
+            if run.evaluation_due:
+                run.evaluate(val_batches, val_pages)
+    distributed.finish()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,45 @@
+"""Functions in processes of their own, joined as by torchrun, and forked from a server that has done the imports."""
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
+
+import torch
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["train"])
+
+
+def launch(function: Callable[..., object], *arguments: object, count: int = 2) -> list[ForkServerProcess]:
+    """Starts `function(*arguments)` once in each of so many processes, every one in a process group of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        CONTEXT.Process(target=_as_rank, args=(rank, count, port, function, arguments)) for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def ends(processes: list[ForkServerProcess]) -> list[int | None]:
+    """Waits for processes and returns their exit codes; None: it does not end."""
+    for process in processes:
+        process.join(timeout=100)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
+
+
+def _as_rank(rank: int, count: int, port: int, function: Callable[..., object], arguments: tuple[object, ...]) -> None:
+    os.setpgid(0, 0)
+    multiprocessing.set_start_method("fork", force=True)  # for loader workers, as in a script
+    torch.set_num_threads(1)
+    if count > 1:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in place.items()}
+    function(*arguments)

@@ -1,0 +1,85 @@
+"""Two processes do what one does."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from processes import ends, launch
+from tiny import freeze_batch_norms, noised, random_boxes, shaken, tiny_model
+
+from dfine import distributed, engine
+from dfine.config import LossConfig, TrainConfig
+from dfine.criterion import criterion
+from dfine.structures import NoisedTruth, Target
+
+
+def pages(boxes: tuple[int, ...]) -> list[Target]:
+    """Pages with so many random boxes each."""
+    torch.manual_seed(3)
+    return [
+        Target(torch.randint(3, (count,)), random_boxes(count, dtype=torch.float32), i, (64, 96))
+        for i, count in enumerate(boxes)
+    ]
+
+
+def gradients(boxes: tuple[int, ...], file: Path) -> None:
+    """The gradient of one global batch; each process takes its share of the pages and of their denoising queries."""
+    device = distributed.start()
+    model = freeze_batch_norms(shaken(tiny_model()))
+    replica = engine.parallel(model, TrainConfig(), device)
+    targets = pages(boxes)
+    torch.manual_seed(4)
+    images = torch.rand(len(boxes), 3, 64, 96)
+    sizes = torch.tensor([[64, 96], [50, 96], [64, 70], [40, 60]])
+    queries = noised(targets)
+    share = slice(distributed.rank(), None, distributed.world_size())
+    queries = NoisedTruth(queries.labels[share], queries.boxes[share], queries.groups)
+    losses = criterion(replica(images[share], sizes[share], queries), targets[share], model.decoder.w, LossConfig())
+    torch.stack([loss.sum() for loss in losses.values()]).sum().backward()
+    if distributed.is_main():
+        torch.save({name: parameter.grad for name, parameter in model.named_parameters()}, file)
+    distributed.finish()
+
+
+@pytest.mark.parametrize("boxes", [(3, 2, 1, 3), (4, 0, 2, 0)], ids=["boxes everywhere", "one has empty pages alone"])
+def test_a_global_batch_has_the_same_gradients_on_one_and_on_two_processes(
+    tmp_path: Path, boxes: tuple[int, ...]
+) -> None:
+    gradients(boxes, tmp_path / "one")
+    assert ends(launch(gradients, boxes, tmp_path / "two")) == [0, 0]
+    one, two = torch.load(tmp_path / "one"), torch.load(tmp_path / "two")
+    assert max(gradient.abs().max() for gradient in one.values()) > 0.5
+    assert max((two[name] - gradient).abs().max() for name, gradient in one.items()) < 1e-5
+
+
+def values_of(rank_file: Path) -> None:
+    distributed.start()
+    rank = distributed.rank()
+    found = (
+        distributed.sum_over_processes(torch.tensor([1.0 + rank])).item(),
+        distributed.any_process(rank == 1),
+        distributed.any_process(False),
+        distributed.gather(("rank", rank)),
+    )
+    buffers = torch.nn.BatchNorm1d(2)
+    buffers.running_mean += rank
+    distributed.broadcast_buffers(buffers)
+    torch.save((*found, buffers.running_mean), rank_file.with_name(f"rank{rank}"))
+    distributed.finish()
+
+
+def test_what_processes_tell_each_other(tmp_path: Path) -> None:
+    assert ends(launch(values_of, tmp_path / "rank")) == [0, 0]
+    for rank in range(2):
+        total, one_of_them, none_of_them, everywhere, mean = torch.load(tmp_path / f"rank{rank}")
+        assert (total, one_of_them, none_of_them) == (3, True, False)
+        assert everywhere == [("rank", 0), ("rank", 1)]
+        assert mean.tolist() == [0, 0]
+
+
+def test_one_process_asks_nobody() -> None:
+    x = torch.ones(2)
+    assert distributed.sum_over_processes(x) is x
+    assert distributed.any_process(True)
+    assert distributed.gather(5) == [5]
+    assert distributed.is_main()
