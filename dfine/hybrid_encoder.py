@@ -32,7 +32,10 @@ class ConvNorm(nn.Sequential):
 
     def merge(self) -> None:
         """Lets the convolution do what the batch norm does in evaluation mode."""
-        self[0], self[1] = fuse_conv_bn_eval(self[0], self[1]), nn.Identity()
+        conv, norm = self[0], self[1]
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        self[0], self[1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
 
 
 class RepVGG(nn.Module):
@@ -50,8 +53,9 @@ class RepVGG(nn.Module):
     def merge(self) -> None:
         """Adds the 1x1 convolution to the middle of the 3x3; both must have taken in their batch norms."""
         assert self.conv1 is not None
-        self.conv3[0].weight[..., 1:2, 1:2] += self.conv1[0].weight
-        self.conv3[0].bias += self.conv1[0].bias
+        weight, bias = self.conv1[0].parameters()
+        self.conv3[0].get_parameter("weight")[:, :, 1:2, 1:2].add_(weight)
+        self.conv3[0].get_parameter("bias").add_(bias)
         self.conv1 = None
 
 

@@ -1,14 +1,16 @@
 """The whole detector: pages in, boxes out. Most pages are 64x96: 8x12, 4x6 and 2x3 cells of strides 8, 16 and 32."""
 
+import copy
 from math import log, sqrt
 
 import pytest
 import torch
 from tiny import freeze_batch_norms, noised, shaken, target, tiny_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfine.config import LossConfig
 from dfine.criterion import criterion
+from dfine.hybrid_encoder import RepVGG
 from dfine.model import DFine, QuerySelection, detect
 from dfine.structures import DFineOutput, Queries, Refinement, Target
 
@@ -116,6 +118,18 @@ def test_evaluation_answers_with_the_last_layer_alone_and_it_is_the_same():
     torch.testing.assert_close(evaluation.refined.logits[0], training.refined.logits[-1])
     torch.testing.assert_close(evaluation.refined.boxes[0], training.refined.boxes[-1])
     torch.testing.assert_close(evaluation.refined.edge_logits[0], training.refined.edge_logits[-1])
+
+
+def test_evaluation_computes_nothing_that_the_last_layer_does_not_need():
+    model, called = trained(), set()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+    model(pages())
+    training = set(called)
+    called.clear()
+    model.eval()(pages())
+    spared = {name.removesuffix(".mlp") for name in training - called if not name[-1].isdigit() or name.count(".") == 2}
+    assert spared == {f"decoder.{part}.{layer}" for part in ("class_heads", "lqe") for layer in (0, 1)}
 
 
 def test_pages_are_answered_apart_in_evaluation():
@@ -431,3 +445,63 @@ def test_every_page_is_scaled_to_its_own_size():
     small, large = detect(one._replace(refined=two), [(100, 100), (1000, 500)])
     assert small.boxes.tolist() == [[25, 25, 75, 75]]
     assert large.boxes.tolist() == [[125, 250, 375, 750]]
+
+
+# Deployed
+
+
+def settled(**config: object) -> DFine:
+    """Trained, in evaluation mode, with running statistics away from 0 and 1."""
+    model = trained(**config).eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+@pytest.mark.parametrize("backbone", ["test_convnext", "test_resnet", "test_efficientnet", "test_byobnet"])
+def test_the_deployed_model_gives_the_same_answers_without_a_batch_norm(backbone: str):
+    """The second has torch's batch norms, the others timm's, which hold their activation, or none."""
+    model = settled(backbone=backbone)
+    with torch.no_grad():
+        expected, answer = model(pages()), copy.deepcopy(model).deploy()(pages())
+    assert torch.equal(answer.queries.cells, expected.queries.cells)
+    for ours, theirs in zip(answer.refined, expected.refined, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.deploy().modules())
+
+
+def test_a_deployed_repvgg_block_is_one_convolution():
+    blocks = [module for module in settled().deploy().modules() if isinstance(module, RepVGG)]
+    assert blocks
+    for block in blocks:
+        assert [type(module) for module in block.modules() if isinstance(module, nn.Conv2d)] == [nn.Conv2d]
+
+
+def test_the_narrower_decoder_can_be_deployed_too():
+    model = settled(encoder_dim=48)
+    with torch.no_grad():
+        expected, answer = model(pages()), copy.deepcopy(model).deploy()(pages())
+    torch.testing.assert_close(answer.refined.boxes, expected.refined.boxes, atol=1e-4, rtol=0)
+
+
+def test_a_norm_whose_convolution_speaks_to_others_as_well_stays():
+    """Otherwise the others would hear the norm."""
+
+    class Forked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            return x + self.norm(x)
+
+    backbone = settled().backbone
+    backbone.body = Forked().eval()
+    x = torch.rand(1, 3, 8, 8)
+    expected = backbone.body(x)
+    backbone.merge()
+    torch.testing.assert_close(backbone.body(x), expected)
+    assert isinstance(backbone.body.norm, nn.BatchNorm2d)

@@ -25,10 +25,12 @@ def random_boxes(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.cat([size / 2 + (1 - size) * torch.rand(*shape, 2, dtype=dtype), size], dim=-1)
 
 
-def tiny_config(strides: tuple[int, ...] = (8, 16, 32), encoder_dim: int = 0, **decoder: object) -> ModelConfig:
+def tiny_config(
+    strides: tuple[int, ...] = (8, 16, 32), encoder_dim: int = 0, backbone: str = "test_convnext", **decoder: object
+) -> ModelConfig:
     """0.3 million weights, 8 queries, 3 layers; further keywords change the decoder."""
     return ModelConfig(
-        backbone=BackboneConfig(name="test_convnext", pretrained=False),
+        backbone=BackboneConfig(name=backbone, pretrained=False),
         strides=strides,
         hidden_dim=32,
         encoder=EncoderConfig(hidden_dim=encoder_dim, heads=4, feedforward_dim=32, depth_mult=0.34, expansion=0.5),
