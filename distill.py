@@ -10,12 +10,13 @@ import torch
 
 from dfine import checkpoint, config, distributed, engine
 from dfine.criterion import criterion
-from dfine.data import evaluation_loader, open_source, train_loader
+from dfine.data import evaluation_loader, train_loader
 from dfine.denoising import freshly_noised
 from dfine.distillation import active, distillation
 from dfine.distributed import say
 from dfine.model import DFine
 from dfine.run import Run
+from dfine.sources import open_source
 from dfine.structures import Batch
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from dfine import checkpoint, config, distributed, engine
 from dfine.config import ConfigError
-from dfine.data import evaluation_loader, open_source
+from dfine.data import evaluation_loader
 from dfine.distributed import say
 from dfine.evaluation import coco_metrics, find, table
+from dfine.sources import open_source
 
 
 def main() -> None:

@@ -26,7 +26,8 @@ from dfine import config as configs
 from dfine import optim
 from dfine.config import Config
 from dfine.criterion import criterion, stack
-from dfine.data import open_source, train_loader
+from dfine.data import train_loader
+from dfine.sources import open_source
 from dfine.denoising import draw_noise, noised_truth
 from dfine.engine import autocast
 from dfine.matcher import match

@@ -21,11 +21,12 @@ from dfine import checkpoint, distributed, engine
 from dfine import config as configs
 from dfine.config import Config
 from dfine.criterion import criterion
-from dfine.data import open_source, train_loader
+from dfine.data import train_loader
 from dfine.denoising import freshly_noised
 from dfine.distillation import active, distillation
 from dfine.model import DFine
 from dfine.run import Run
+from dfine.sources import open_source
 from dfine.structures import Batch, DFineOutput, Refinement
 
 

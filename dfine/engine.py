@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 from dfine import distributed, optim
 from dfine.config import Config, ConfigError, TrainConfig
-from dfine.data import Source, TrainBatches
+from dfine.data import TrainBatches
 from dfine.model import DFine
 from dfine.run import Run
+from dfine.sources import Source
 from dfine.structures import Batch
 from dfine.transforms import PageError
 

@@ -14,8 +14,8 @@ from torchvision.ops import box_convert
 from tqdm import tqdm
 
 from dfine import distributed
-from dfine.data import Source
 from dfine.model import DFine, detect
+from dfine.sources import Source
 from dfine.structures import Batch, Detections
 
 # COCO's twelve numbers, in the order of `COCOeval.stats`: over IoU .50 to .95 and at most 100 boxes a page unless the

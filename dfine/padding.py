@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from dfine import checkpoint, config
 from dfine.config import DataConfig
-from dfine.data import open_source
 from dfine.model import DFine, detect
+from dfine.sources import open_source
 from dfine.structures import Detections
 from dfine.transforms import fit, pad, resize
 

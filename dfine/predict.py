@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from dfine import checkpoint
 from dfine.config import DataConfig
-from dfine.data import Source
 from dfine.evaluation import finite_on_cpu
 from dfine.model import DFine, detect
 from dfine.pictures import draw, grid
+from dfine.sources import Source
 from dfine.structures import Detections
 from dfine.transforms import PageError, fit, pad, read_page, resize
 

@@ -16,12 +16,12 @@ from dfine import checkpoint, distributed, optim
 from dfine import config as configs
 from dfine.checkpoint import CheckpointError
 from dfine.config import Config, ConfigError
-from dfine.data import Source
 from dfine.distributed import say
 from dfine.evaluation import Stopped, evaluate, table
 from dfine.model import DFine
 from dfine.pictures import grid
 from dfine.predict import beside_truth
+from dfine.sources import Source
 from dfine.structures import Batch
 
 

@@ -196,7 +196,8 @@ def main() -> None:
 
     from dfine import config, pictures
     from dfine.boxes import cxcywh_to_xyxy
-    from dfine.data import open_source, train_loader
+    from dfine.data import train_loader
+    from dfine.sources import open_source
 
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--config", required=True, help="a YAML file of configs/")

@@ -14,17 +14,8 @@ from PIL import Image
 
 from dfine import distributed
 from dfine.config import Config, ConfigError, DataConfig, PagesConfig, TrainConfig
-from dfine.data import (
-    CocoPages,
-    PageDataset,
-    PageKey,
-    TrainBatches,
-    evaluation_batches,
-    evaluation_loader,
-    open_source,
-    read_coco,
-    train_loader,
-)
+from dfine.data import PageDataset, PageKey, TrainBatches, evaluation_batches, evaluation_loader, train_loader
+from dfine.sources import CocoPages, open_source, read_coco
 from dfine.transforms import PageError, canvas_of, fit
 
 SMALL = DataConfig(batch_size=2, workers=0, short_edges=(32, 64), eval_short_edge=32, max_long_edge=96)

@@ -16,9 +16,10 @@ from tiny import shaken, tiny_config, tiny_model
 
 from dfine import checkpoint, distributed
 from dfine.config import Config, ConfigError, DataConfig, PagesConfig
-from dfine.data import CocoPages, evaluation_loader, read_coco
+from dfine.data import evaluation_loader
 from dfine.evaluation import OFFICIAL, coco_metrics, coco_results, evaluate, find, table
 from dfine.model import DFine
+from dfine.sources import CocoPages, read_coco
 from dfine.structures import Detections
 
 ROOT = Path(__file__).parents[1]

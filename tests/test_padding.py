@@ -9,7 +9,7 @@ from tiny import shaken, tiny_config, tiny_model
 
 from dfine import checkpoint, padding
 from dfine.config import Config, DataConfig, PagesConfig
-from dfine.data import CocoPages
+from dfine.sources import CocoPages
 from dfine.structures import Detections
 
 
