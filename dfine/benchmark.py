@@ -1,207 +1,73 @@
 """How long a step takes, part by part: `python -m dfine.benchmark [--json FILE] [--peer] [key=value ...]`.
 
-Every number is a median over repeats after a warm-up, with the lowest and the highest tenth beside it; on a GPU the
-clock is the GPU's own (events), under bf16 autocast as in training. Pages are noise with random boxes: no part's time
-depends on what is on a page, except matching, which random boxes make hard. `--peer` compares with D-FINE of
-`transformers` (the extra `bench`) around the same timm backbone on the same tensors, the two in turns.
+Times are medians over repeats after a warm-up, with the lowest and the highest tenth. Training runs as in train.py (on
+a GPU under bf16 autocast). Pages are noise with random boxes of random classes: only matching asks what is on them.
+Without `--config` the model is the default one around a ConvNeXt-T; weights are always random. `--peer` adds a
+comparison with the D-FINE of `transformers` (the extra `bench`), see `dfine.peer`.
 """
 
 import argparse
-import contextlib
 import json
 import platform
 import statistics
+import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from itertools import groupby, product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dfine import config as configs
 from dfine import optim
 from dfine.config import Config
-from dfine.criterion import criterion, stack
+from dfine.criterion import stack
 from dfine.data import train_loader
-from dfine.sources import open_source
-from dfine.denoising import draw_noise, noised_truth
-from dfine.engine import autocast
+from dfine.denoising import freshly_noised
 from dfine.matcher import match
 from dfine.model import DFine, detect
-from dfine.structures import Batch, DFineOutput, NoisedTruth, Target
+from dfine.sources import open_source
+from dfine.stopwatch import Stopwatch, measure, spread
 from dfine.synthetic import write_folder
-
-CLASSES = 11
-
-
-class Case(NamedTuple):
-    """What is fed: pages a batch, height and width of a page, boxes a page, queries."""
-
-    batch: int
-    height: int
-    width: int
-    boxes: int
-    queries: int
-
-    def __str__(self) -> str:
-        return f"{self.batch} x {self.height}x{self.width}, {self.boxes} boxes, {self.queries} queries"
-
-
-class Stopwatch:
-    """Milliseconds between marks: wall clock on a CPU, events on a GPU, which it does not wait for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.marks: list[tuple[str, Any]] = []
-
-    def mark(self, name: str) -> None:
-        """Ends the part `name`; the first mark only starts."""
-        moment: Any = time.perf_counter()
-        if self.cuda:
-            moment = torch.cuda.Event(enable_timing=True)
-            moment.record()
-        self.marks.append((name, moment))
-
-    def read(self) -> dict[str, float]:
-        """The parts and their sum, `whole`; starts anew."""
-        if self.cuda:
-            torch.cuda.synchronize()
-        moments = [moment for _, moment in self.marks]
-        spans = [a.elapsed_time(b) if self.cuda else 1e3 * (b - a) for a, b in zip(moments, moments[1:], strict=False)]
-        parts = {name: span for (name, _), span in zip(self.marks[1:], spans, strict=True)}
-        self.marks = []
-        return parts | {"whole": sum(spans)}
-
-
-def measure(run: Callable[[Stopwatch], None], device: torch.device, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of every part that `run` marks, one a repeat; a fifth of the repeats (at least one) warms up."""
-    watch = Stopwatch(device)
-    times: dict[str, list[float]] = {}
-    for repeat in range(-max(1, repeats // 5), repeats):
-        watch.mark("start")
-        run(watch)
-        for part, span in watch.read().items():
-            if repeat >= 0:
-                times.setdefault(part, []).append(span)
-    return times
-
-
-def spread(times: list[float]) -> tuple[float, float, float]:
-    """Median, lowest and highest tenth."""
-    ordered = sorted(times)
-    tenth = len(ordered) // 10
-    return statistics.median(ordered), ordered[tenth], ordered[-1 - tenth]
-
-
-def made_up(case: Case, device: torch.device) -> Batch:
-    """Pages of noise with random boxes, the same for the same case."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (case.batch, 3, case.height, case.width), dtype=torch.uint8, generator=generator)
-    targets = []
-    for page in range(case.batch):
-        size = 0.02 + 0.2 * torch.rand(case.boxes, 2, generator=generator)
-        centre = size / 2 + (1 - size) * torch.rand(case.boxes, 2, generator=generator)
-        labels = torch.randint(0, CLASSES, (case.boxes,), generator=generator)
-        targets.append(Target(labels, torch.cat([centre, size], dim=-1), page, (case.height, case.width)))
-    return Batch(images, torch.tensor([[case.height, case.width]] * case.batch), targets).to(device)
-
-
-def built(settings: Config, queries: int, device: torch.device) -> DFine:
-    """The config's model with random weights, as train.py lays it out in memory."""
-    overrides = ["model.backbone.pretrained=false", "model.backbone.weights=", f"model.decoder.queries={queries}"]
-    torch.manual_seed(0)
-    model = DFine(configs.override(settings, overrides).model, CLASSES)
-    return model.to(device).to(memory_format=torch.channels_last)
-
-
-def noise(settings: Config, targets: list[Target]) -> NoisedTruth:
-    """Denoising queries, as train.py draws them."""
-    part = settings.model.denoising
-    drawn = draw_noise(targets, part.queries, CLASSES)
-    return noised_truth(targets, drawn, part.queries, CLASSES, part.label_noise, part.box_noise)
-
-
-def answers(model: DFine, batch: Batch, settings: Config) -> DFineOutput:
-    """The forward pass of training."""
-    noised = noise(settings, batch.targets)
-    with autocast(model.mean.device, settings.train):
-        return model(batch.images, batch.sizes, noised)
-
-
-def total_loss(model: DFine, output: DFineOutput, batch: Batch, settings: Config) -> Tensor:
-    losses = criterion(output, batch.targets, model.decoder.w, settings.loss)
-    return torch.stack([term.sum() for term in losses.values()]).sum()
-
-
-def finish(model: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> None:
-    """Clips, steps and forgets the gradients."""
-    nn.utils.clip_grad_norm_(model.parameters(), clip)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-@contextlib.contextmanager
-def watched(model: DFine, watch: Stopwatch) -> Iterator[None]:
-    """While this lasts, the end of backbone, encoder and decoder are marked."""
-    parts = {"backbone": model.backbone, "encoder": model.encoder, "selection and decoder": model.decoder}
-    hooks = [
-        module.register_forward_hook(lambda *_, name=name: watch.mark(f"{name}, forward"))
-        for name, module in parts.items()
-    ]
-    yield
-    for hook in hooks:
-        hook.remove()
+from dfine.workload import CLASSES, Case, answers, built, finish, made_up, step, total_loss
 
 
 def training(settings: Config, case: Case, device: torch.device, repeats: int) -> dict[str, list[float]]:
-    """A training step and its parts; matching and losses are also timed on their own, `matching` alone as well."""
+    """A training step and its parts; matching is also timed on its own."""
     model, batch = built(settings, case.queries, device).train(), made_up(case, device)
-    optimizer = optim.adamw(model, settings.train)
-
-    def step(watch: Stopwatch) -> None:
-        with watched(model, watch):
-            output = answers(model, batch, settings)
-        loss = total_loss(model, output, batch, settings)
-        watch.mark("matching and losses")
-        loss.backward()
-        watch.mark("backward")
-        finish(model, optimizer, settings.train.clip)
-        watch.mark("clipping and optimizer")
-
-    times = measure(step, device, repeats)
+    optimizer = optim.optimizer(model, settings.train)
+    times = measure(lambda watch: step(model, optimizer, batch, settings, watch), device, repeats)
     times["training step"] = times.pop("whole")
     output = answers(model, batch, settings)
-    heads = stack(output.refined, output.initial, output.encoder)
+    heads, config = stack(output.refined, output.initial, output.encoder), settings.loss.matcher
 
     def matching(watch: Stopwatch) -> None:
-        match(heads.logits, heads.boxes, batch.targets, settings.loss.matcher)
+        match(heads.logits, heads.boxes, batch.targets, config, config.encoder_queries)
         watch.mark("of which matching")
 
-    return times | measure(matching, device, repeats)
+    return times | {"of which matching": measure(matching, device, repeats)["whole"]}
 
 
 @torch.inference_mode()
-def inference(
-    settings: Config, case: Case, device: torch.device, repeats: int, compiled: bool
-) -> dict[str, list[float]]:
-    """From pixels to detections: the model as trained, deployed, and as recommended on a GPU."""
+def inference(settings: Config, case: Case, device: torch.device, repeats: int) -> dict[str, list[float]]:
+    """From pixels to detections: the model as trained, deployed, and deployed as recommended on a GPU."""
     batch = made_up(case, device)
     sizes = [target.size for target in batch.targets]
+    plain = built(settings, case.queries, device).eval()
+    forms = {"inference": plain}
+    forms["inference, deploy()"] = built(settings, case.queries, device).deploy()
+    forms["inference, deploy(fast=True)"] = built(settings, case.queries, device).deploy(fast=True)
     times: dict[str, list[float]] = {}
-    for name in ("inference", "inference, deployed", *(["inference, deployed and compiled"] if compiled else [])):
-        model = built(settings, case.queries, device).eval()
-        if "deployed" in name:
-            model.deploy(fast="compiled" in name)
+    for name, model in forms.items():
 
-        def run(watch: Stopwatch, model: DFine = model, name: str = name) -> None:
+        def run(watch: Stopwatch, model: DFine = model) -> None:
             detect(model(batch.images, batch.sizes), sizes)
-            watch.mark(name)
+            watch.mark("detections")
 
-        times |= {name: measure(run, device, repeats)[name]}
+        times[name] = measure(run, device, repeats)["whole"]
     return times
 
 
@@ -216,7 +82,7 @@ def memory(settings: Config, case: Case, device: torch.device) -> float:
 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        optimizer = optim.adamw(model, settings.train)
+        optimizer = optim.optimizer(model, settings.train)
         for _ in range(2):  # the optimizer's state comes with the first step
             total_loss(model, answers(model, batch, settings), batch, settings).backward()
             finish(model, optimizer, settings.train.clip)
@@ -246,7 +112,156 @@ def step_flops(settings: Config, case: Case) -> int:
     model = built(settings, case.queries, torch.device("cpu")).train().to("meta")
     batch = made_up(case, torch.device("cpu")).to(torch.device("meta"))
     with FlopCounterMode(display=False) as counter:
-        output = model(batch.images, batch.sizes, noise(settings, batch.targets))
+        output = model(batch.images, None, freshly_noised(batch.targets, CLASSES, settings.model.denoising))
         answer = [*output.refined[:3], *(output.encoder or ()), *(output.initial or ())]
         torch.cat([x.flatten() for x in answer]).sum().backward()
     return counter.get_total_flops()
+
+
+def models(paths: list[Path], case: Case) -> list[dict[str, Any]]:
+    """Parameters and GFLOPs of the configs' models; the arithmetic of inference on one page, 2 FLOPs a product."""
+    rows = []
+    for path in paths:
+        model = built(configs.load(path), case.queries, torch.device("cpu")).eval().to("meta")
+        images = torch.empty(1, 3, case.height, case.width, device="meta")
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(images)
+        millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        rows.append({"model": path.stem, "parameters_M": millions, "gflops": counter.get_total_flops() / 1e9})
+    return rows
+
+
+def data_loading(settings: Config, case: Case, repeats: int) -> dict[str, list[float]]:
+    """Reading, resizing, augmenting and padding a batch in one process, from a folder of drawn pages (PNG)."""
+    with tempfile.TemporaryDirectory() as folder:
+        pages = Path(folder)
+        write_folder(pages, seed=0, pages=2 * case.batch)
+        overrides = [
+            f"data.train.images={pages / 'images'}",
+            f"data.train.annotations={pages / 'annotations.json'}",
+            f"data.batch_size={case.batch}",
+            f"data.short_edges=[{min(case.height, case.width)}]",
+            f"data.max_long_edge={max(case.height, case.width, settings.data.eval_short_edge)}",
+            "data.workers=0",
+        ]
+        loading = configs.override(settings, overrides)
+        loader, sampler = train_loader(open_source(loading.data.train, "data.train"), loading)
+        epoch = iter(range(10**9))
+
+        def load(watch: Stopwatch) -> None:
+            sampler.set_position(next(epoch), 0)
+            next(iter(loader))
+            watch.mark("data loading, one process")
+
+        times = measure(load, torch.device("cpu"), repeats)
+    times.pop("whole")
+    return times
+
+
+def profile(settings: Config, case: Case, device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """One row for each part of a case."""
+    times = data_loading(settings, case, repeats)
+    times |= training(settings, case, device, repeats)
+    times |= inference(settings, case, device, repeats)
+    rows: list[dict[str, Any]] = []
+    for part, spans in times.items():
+        median, low, high = spread(spans)
+        rows.append({"part": part, "unit": "ms", "median": median, "low": low, "high": high})
+    kind = "peak" if device.type == "cuda" else "kept for the backward pass"
+    rows.append({"part": f"memory of a training step, {kind}", "unit": "MiB", "median": memory(settings, case, device)})
+    rate = matmul_rate(device, settings.train.bf16 and device.type == "cuda")
+    seconds = 1e-3 * spread(times["training step"])[0]
+    share = 100 * step_flops(settings, case) / seconds / rate
+    rows.append({"part": f"training step, of {rate / 1e12:.2f} measured TFLOP/s", "unit": "%", "median": share})
+    return [{**case._asdict(), **row} for row in rows]
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    lines = [", ".join(f"{key} {value}" for key, value in report["machine"].items()), ""]
+    if report["models"]:
+        lines += ["| model | parameters, M | GFLOPs a page |", "|---|---|---|"]
+        lines += [f"| {m['model']} | {m['parameters_M']:.1f} | {m['gflops']:.0f} |" for m in report["models"]] + [""]
+    for case, rows in groupby(report["parts"], case_of):
+        lines += [f"| {case} | median | tenths |", "|---|---|---|"]
+        for row in rows:
+            tenths = f"{row['low']:.1f} to {row['high']:.1f}" if "low" in row else ""
+            lines.append(f"| {row['part']} | {row['median']:.1f} {row['unit']} | {tenths} |")
+        lines.append("")
+    for case, rows in groupby(report["peer"], case_of):
+        lines += [f"| {case} | ours, ms | theirs, ms | ratio | tenths |", "|---|---|---|---|---|"]
+        for row in rows:
+            times = f"{row['ours']:.0f} | {row['theirs']:.0f} | {row['ratio']:.2f}"
+            lines.append(f"| {row['what']} | {times} | {row['low']:.2f} to {row['high']:.2f} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def case_of(row: dict[str, Any]) -> Case:
+    return Case(*(row[field] for field in Case._fields))
+
+
+def size(text: str) -> tuple[int, int]:
+    """`640x480` -> (640, 480)."""
+    sides = text.split("x")
+    if len(sides) != 2 or not all(side.isdigit() and int(side) and int(side) % 32 == 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HxW in multiples of 32, such as 640x480")
+    return int(sides[0]), int(sides[1])
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="a YAML file of configs/, whose model is measured")
+    parser.add_argument("--models", type=Path, nargs="+", default=[], help="configs whose models' sizes are shown")
+    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--peer", action="store_true", help="compare with transformers as well")
+    parser.add_argument("--batch", type=int, nargs="+", default=[2], help="pages a batch (default: 2)")
+    parser.add_argument("--size", type=size, nargs="+", default=[(640, 480)], metavar="HxW", help="default: 640x480")
+    parser.add_argument("--boxes", type=int, nargs="+", default=[40], help="boxes a page (default: 40)")
+    parser.add_argument("--queries", type=int, nargs="+", default=[300], help="default: 300")
+    parser.add_argument("--repeats", type=int, default=10, help="default: 10")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.threads=1")
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    arguments = parsed()
+    settings = configs.load(arguments.config) if arguments.config else Config()
+    base = [] if arguments.config else ["model.backbone.name=convnext_tiny"]
+    settings = configs.override(settings, [*base, *arguments.overrides])
+    if settings.train.threads:
+        torch.set_num_threads(settings.train.threads)
+    if arguments.peer:
+        from dfine.peer import against_peer  # only here: it needs the extra
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cases = [
+        Case(batch, height, width, boxes, queries)
+        for batch, (height, width), boxes, queries in product(
+            arguments.batch, arguments.size, arguments.boxes, arguments.queries
+        )
+    ]
+    report: dict[str, Any] = {
+        "machine": {
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, no GPU",
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        },
+        "models": models(arguments.models, cases[0]),
+        "parts": [],
+        "peer": [],
+    }
+    for case in cases:
+        report["parts"] += profile(settings, case, device, arguments.repeats)
+        if arguments.peer:
+            report["peer"] += against_peer(settings, case, device, arguments.repeats)
+    print(table(report))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,72 @@
+"""Measuring times: on a CPU by the wall clock, on a GPU by its own (events), always after a warm-up."""
+
+import statistics
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+
+class Stopwatch:
+    """Milliseconds between marks: wall clock on a CPU, events on a GPU, which it does not wait for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.marks: list[tuple[str, Any]] = []
+
+    def mark(self, name: str) -> None:
+        """Ends the part `name`; the first mark only starts."""
+        moment: Any = time.perf_counter()
+        if self.cuda:
+            moment = torch.cuda.Event(enable_timing=True)
+            moment.record()
+        self.marks.append((name, moment))
+
+    def read(self) -> dict[str, float]:
+        """The parts and their sum, `whole`; starts anew."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        moments = [moment for _, moment in self.marks]
+        spans = [a.elapsed_time(b) if self.cuda else 1e3 * (b - a) for a, b in pairwise(moments)]
+        parts = {name: span for (name, _), span in zip(self.marks[1:], spans, strict=True)}
+        self.marks = []
+        return parts | {"whole": sum(spans)}
+
+
+def measure(run: Callable[[Stopwatch], None], device: torch.device, repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of every part that `run` marks, one a repeat; a fifth of the repeats (at least one) warms up."""
+    watch = Stopwatch(device)
+    times: dict[str, list[float]] = {}
+    for repeat in range(-max(1, repeats // 5), repeats):
+        watch.mark("start")
+        run(watch)
+        for part, span in watch.read().items():
+            if repeat >= 0:
+                times.setdefault(part, []).append(span)
+    return times
+
+
+def spread(times: list[float]) -> tuple[float, float, float]:
+    """Median, lowest and highest tenth."""
+    ordered = sorted(times)
+    tenth = len(ordered) // 10
+    return statistics.median(ordered), ordered[tenth], ordered[-1 - tenth]
+
+
+def race(
+    what: str, ours: Callable[[], Any], theirs: Callable[[], Any], device: torch.device, repeats: int
+) -> dict[str, Any]:
+    """Two in turns: medians in ms, the ratio of the medians, and the lowest and highest tenth of the turns' ratios."""
+
+    def turn(watch: Stopwatch) -> None:
+        ours()
+        watch.mark("ours")
+        theirs()
+        watch.mark("theirs")
+
+    times = measure(turn, device, repeats)
+    (a, *_), (b, *_) = spread(times["ours"]), spread(times["theirs"])
+    _, low, high = spread([x / y for x, y in zip(times["ours"], times["theirs"], strict=True)])
+    return {"what": what, "ours": a, "theirs": b, "ratio": a / b, "low": low, "high": high}
