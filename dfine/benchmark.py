@@ -100,11 +100,10 @@ def matmul_rate(device: torch.device, bf16: bool) -> float:
     a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
 
     def multiply(watch: Stopwatch) -> None:
-        for _ in range(4):
-            a @ a
+        a @ a
         watch.mark("matmul")
 
-    return 4 * 2 * size**3 / (1e-3 * statistics.median(measure(multiply, device, 10)["matmul"]))
+    return 2 * size**3 / (1e-3 * statistics.median(measure(multiply, device, 10)["matmul"]))
 
 
 def step_flops(settings: Config, case: Case) -> int:
@@ -119,11 +118,11 @@ def step_flops(settings: Config, case: Case) -> int:
     return 3 * counter.get_total_flops()
 
 
-def size_of_model(settings: Config, case: Case) -> dict[str, float]:
+def size_of_model(settings: Config, height: int, width: int) -> dict[str, float]:
     """Parameters in millions, and GFLOPs of inference on one page (a product and its sum are 2); counted, not run."""
-    model = built(settings, case.queries, torch.device("cpu")).eval().to("meta")
+    model = built(settings, settings.model.decoder.queries, torch.device("cpu")).eval().to("meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, 3, case.height, case.width, device="meta"))
+        model(torch.empty(1, 3, height, width, device="meta"))
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     return {"parameters_M": millions, "gflops": counter.get_total_flops() / 1e9}
 
@@ -155,8 +154,8 @@ def data_loading(settings: Config, case: Case, repeats: int) -> dict[str, list[f
     return times
 
 
-def profile(settings: Config, case: Case, device: torch.device, repeats: int) -> list[dict[str, Any]]:
-    """One row for each part of a case."""
+def profile(settings: Config, case: Case, device: torch.device, repeats: int, rate: float) -> list[dict[str, Any]]:
+    """One row for each part of a case; `rate` is the chip's, in FLOPs a second."""
     times = data_loading(settings, case, repeats)
     times |= training(settings, case, device, repeats)
     times |= inference(settings, case, device, repeats)
@@ -166,7 +165,6 @@ def profile(settings: Config, case: Case, device: torch.device, repeats: int) ->
         rows.append({"part": part, "unit": "ms", "median": median, "low": low, "high": high})
     kind = "peak" if device.type == "cuda" else "kept for the backward pass"
     rows.append({"part": f"memory of a training step, {kind}", "unit": "MiB", "median": memory(settings, case, device)})
-    rate = matmul_rate(device, settings.train.bf16 and device.type == "cuda")
     seconds = 1e-3 * spread(times["training step"])[0]
     share = 100 * step_flops(settings, case) / seconds / rate
     rows.append({"part": f"training step, of {rate / 1e12:.2f} measured TFLOP/s", "unit": "%", "median": share})
@@ -244,12 +242,15 @@ def main() -> None:
             "torch": torch.__version__,
             "date": f"{datetime.now(UTC):%Y-%m-%d}",
         },
-        "models": [{"model": path.stem, **size_of_model(configs.load(path), cases[0])} for path in arguments.models],
+        "models": [
+            {"model": path.stem, **size_of_model(configs.load(path), *arguments.size[0])} for path in arguments.models
+        ],
         "parts": [],
         "peer": [],
     }
+    rate = matmul_rate(device, settings.train.bf16 and device.type == "cuda")
     for case in cases:
-        report["parts"] += profile(settings, case, device, arguments.repeats)
+        report["parts"] += profile(settings, case, device, arguments.repeats, rate)
         if arguments.peer:
             report["peer"] += against_peer(settings, case, device, arguments.repeats)
     print(table(report))
