@@ -61,15 +61,16 @@ def plan(config: Config, out: Path, seeds: int) -> list[Trial]:
 
 
 def result(trial: Trial) -> float | None:
-    """AP in points at the run's last step, or None while the run is not finished."""
-    last, metrics = trial.folder / "last.pt", trial.folder / "metrics.jsonl"
-    if not (last.exists() and metrics.exists()):
-        return None
-    content, train = checkpoint.read(last), trial.config.train
+    """AP in points at the run's last step, or None while the run is not finished or not whole."""
+    metrics, train = trial.folder / "metrics.jsonl", trial.config.train
+    try:
+        content = checkpoint.read(trial.folder / "last.pt")
+        line = json.loads(metrics.read_text().splitlines()[-1])
+    except (checkpoint.CheckpointError, OSError, IndexError, json.JSONDecodeError):
+        return None  # train.py --resume mends what can be mended, and says what is wrong
     steps = train.epochs * content["epoch_steps"]
-    line = json.loads(metrics.read_text().splitlines()[-1])
     finished = content["step"] == line["step"] == min(steps, train.max_steps or steps)
-    return 100 * line["AP"] if finished else None
+    return 100 * (line["AP"] or 0.0) if finished else None
 
 
 def complete(trial: Trial) -> float:

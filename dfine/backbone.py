@@ -4,6 +4,7 @@ import difflib
 from typing import Any
 
 import timm
+from timm.layers import Format
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -32,6 +33,7 @@ class Backbone(nn.Module):
                 raise ConfigError(f"model.backbone.checkpointing: timm offers none for the maps of {config.name}")
             body.set_grad_checkpointing()
         self.body = body
+        self.channels_behind = getattr(body, "output_fmt", Format.NCHW) == Format.NHWC
         self.channels = [body.feature_info.channels()[i] for i in self.indices]
         pretrained_cfg = timm.get_pretrained_cfg(config.name)
         self.mean = tuple(pretrained_cfg.mean) if pretrained_cfg else (0.485, 0.456, 0.406)  # ImageNet's
@@ -40,7 +42,8 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) normalised -> a (B, channels, H / stride, W / stride) map for each stride."""
         maps = self.body(images)
-        return [maps[i] for i in self.indices]
+        maps = [maps[i] for i in self.indices]
+        return [x.permute(0, 3, 1, 2) for x in maps] if self.channels_behind else maps
 
     def merge(self) -> None:
         """Lets convolutions do what the batch norms right behind them do in evaluation mode.

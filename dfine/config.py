@@ -94,7 +94,8 @@ class MatcherConfig:
     l1: float = 5.0
     giou: float = 2.0
     # Queries that each box is matched to in the encoder's head. 1 is D-FINE; more (hybrid matching, arXiv 2207.13080)
-    # shows that head more of what it must select, which saves steps where all starts from random weights.
+    # shows that head more of what it must select, and by the union all heads more boxes: it saves steps from random
+    # weights.
     encoder_queries: int = 1
 
     def __post_init__(self) -> None:
@@ -190,6 +191,15 @@ class AugmentConfig:
     compression_p: float = 0.1  # JPEG, quality 40 to 90
     noise_p: float = 0.1
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name.endswith("_p"):
+                _require(0 <= value <= 1, f"data.augment.{name}", "from 0 to 1")
+        for name in ("perspective_scale", "elastic_alpha", "rotation_degrees"):
+            _require(getattr(self, name) > 0, f"data.augment.{name}", "positive (its p turns it off)")
+        _require(self.elastic_sigma >= 4, "data.augment.elastic_sigma", "4 or more")
+        _require(0 < self.brightness_contrast_limit <= 1, "data.augment.brightness_contrast_limit", "from 0 to 1")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -220,8 +230,8 @@ class TrainConfig:
     eval_every: int = 2000  # steps between evaluations; 0: only at the end of each epoch
     learning_rate: float = 1e-4
     backbone_factor: float = 1.0  # the backbone's learning rate, as a share of the rest's
-    # Learning rate of weight matrices under Muon (https://kellerjordan.github.io/posts/muon), as a multiple of
-    # learning_rate, which all else keeps under AdamW; from random weights it saves half the steps. 0: AdamW for all.
+    # Learning rate (and so weight decay) of weight matrices under Muon (https://kellerjordan.github.io/posts/muon), as
+    # a multiple of learning_rate, which all else keeps under AdamW; it saves steps from random weights. 0: AdamW alone.
     muon_factor: float = 0.0
     min_learning_rate: float = 1e-5  # where the cosine ends
     warmup: float = 0.02  # share of all steps

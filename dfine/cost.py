@@ -120,7 +120,7 @@ def table(spent: dict[str, float], program: float, plain: float, distilled: floa
     lines += [f"| {part}, ms | | {time:.0f} | {time / spent['plain']:.2f} |" for part, time in parts.items()]
     lines.append(
         f"| memory beside the program's {program:.2f} GiB, GiB | {plain - program:.2f} | {distilled - program:.2f} | "
-        f"{(distilled - program) / (plain - program):.2f} |"
+        f"{f'{(distilled - program) / (plain - program):.2f}' if plain > program else '-'} |"
     )
     ratio = spent["teacher"] / spent["student"]
     return "\n".join([*lines, "", f"The teacher's forward pass takes {ratio:.2f} times the student's."])
@@ -133,6 +133,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as distill.teacher=PATH")
     arguments = parser.parse_intermixed_args()
     settings = configs.load(arguments.config, arguments.overrides)
+
+    if not active(settings.distill, settings.distill.go_lsd.start_epoch):
+        raise configs.ConfigError("distill: no term has a weight, so there is nothing to measure")
 
     device = distributed.start()
     engine.prepare(settings)

@@ -5,6 +5,7 @@ which process or worker loads it, and whether the run was interrupted, makes no 
 """
 
 import math
+import multiprocessing
 import os
 import signal
 import threading
@@ -151,12 +152,16 @@ class PageLoader(DataLoader[Batch]):
 def leave_signals_to_the_main_process(_: int) -> None:
     """Ctrl-C, torchrun and job schedulers signal workers as well: they end when the main process does, not before."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS: there SIGTERM ends a worker, and then the run
+        return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_heed_the_main_process, daemon=True).start()
 
 
 def _heed_the_main_process() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
         pass
     os._exit(0)
 

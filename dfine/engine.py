@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -48,7 +49,7 @@ def parallel(model: DFine, config: TrainConfig, device: torch.device) -> nn.Modu
     replica: nn.Module = model
     if distributed.world_size() > 1:
         if device.type == "cuda":
-            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            convert_sync_batchnorm(model)  # timm's: torch's drops the activations inside timm's batch norms
         replica = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     if config.compile:
         replica.compile(dynamic=True)
@@ -71,7 +72,7 @@ def train_epoch(run: Run, loader: DataLoader[Batch], sampler: TrainBatches, loss
     That is after every optimizer step, at the start of a resumed run, and before leaving early.
 
     Raises:
-        FloatingPointError: a loss or the gradient is not finite; names term, step and image ids. Nothing was changed.
+        FloatingPointError: a loss or the gradient is not finite; names term, step and image ids. Nothing is saved.
         PageError: a page cannot be read; names it. Raised after a yield, at which the run is saved.
     """
     if run.evaluation_due:

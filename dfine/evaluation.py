@@ -60,7 +60,7 @@ def find(
         an empty list on the others.
     Raises:
         FloatingPointError: a score or a box is not finite; names the image id.
-        Stopped: a process was told to stop; no process waits for another's remaining batches then.
+        Stopped: a process was told to stop (others that were not told finish their batches first).
     """
     model.eval()
     device = model.mean.device

@@ -33,6 +33,8 @@ class ConvNorm(nn.Sequential):
     def merge(self) -> None:
         """Lets the convolution do what the batch norm does in evaluation mode."""
         conv, norm = self[0], self[1]
+        if isinstance(norm, nn.Identity):  # it has been done
+            return
         assert isinstance(conv, nn.Conv2d)
         assert isinstance(norm, nn.BatchNorm2d)
         self[0], self[1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
@@ -52,7 +54,8 @@ class RepVGG(nn.Module):
     @torch.no_grad()
     def merge(self) -> None:
         """Adds the 1x1 convolution to the middle of the 3x3; both must have taken in their batch norms."""
-        assert self.conv1 is not None
+        if self.conv1 is None:  # it has been done
+            return
         weight, bias = self.conv1[0].parameters()
         self.conv3[0].get_parameter("weight")[:, :, 1:2, 1:2].add_(weight)
         self.conv3[0].get_parameter("bias").add_(bias)

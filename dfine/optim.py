@@ -69,8 +69,9 @@ def set_learning_rate(optimizer: optim.Optimizer, rate: float) -> None:
 class Average(ModelEmaV3):
     """Exponential moving average of weights and buffers.
 
-    While young it forgets faster: its decay is 1 - (1 + step)^-0.75, up to `ema_decay`. The tensors are listed once:
-    timm's own update lists them in every step, which takes longer than averaging a small model.
+    While young it forgets faster: its decay in step n = 0, 1, ... is 1 - n^-0.75 (0 before n = 2), up to `ema_decay`.
+    The tensors are listed once: timm's own update lists them in every step, which takes longer than averaging a small
+    model.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:

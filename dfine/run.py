@@ -92,6 +92,8 @@ class Run:
                 if distributed.is_main() and last.exists():
                     last.replace(last.with_name("last.pt.broken"))  # so that it never becomes previous.pt
             say(f"resumed {self.folder} at step {self.step} of {self.last_step}")
+        if len(set(distributed.gather(self.step))) > 1:
+            raise ConfigError(f"run_dir: not every process finds the run in {self.folder}; all machines must share it")
         if distributed.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(yaml.safe_dump(configs.to_dict(self.config), sort_keys=False))
@@ -125,7 +127,12 @@ class Run:
             raise ConfigError(f"{path}: does not fit the model of this config at {wrong}")
         self.model.load_state_dict(content["model"])
         self.ema.module.load_state_dict(content["ema"])
+        if (content["config"]["train"]["muon_factor"] > 0) != (self.config.train.muon_factor > 0):
+            raise ConfigError(f"{path}: train.muon_factor: a run cannot change between AdamW and Muon")
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(content["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)  # weight decay and the like are this config's, not the saved ones
         self.step = self.saved = content["step"]
         self.since_evaluation = content["since_evaluation"]
 
@@ -194,7 +201,9 @@ class Run:
             return
         whole = path.read_text().rpartition("\n")[0].splitlines()  # on a full disk a line may have been cut short
         lines = [line for line in map(json.loads, whole) if line["step"] <= self.step]
-        path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        beside = path.with_name("metrics.jsonl.writing")
+        beside.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        beside.replace(path)
         if lines:
             self.evaluated = lines[-1]["step"]
             self.best = max(line["AP"] or 0.0 for line in lines)

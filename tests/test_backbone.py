@@ -126,3 +126,9 @@ def test_a_model_without_published_weights_says_so():
 def test_checkpointing_is_refused_where_timm_has_none():
     with pytest.raises(ConfigError, match=r"model\.backbone\.checkpointing: timm offers none .* test_vit"):
         Backbone(BackboneConfig("test_vit", pretrained=False, checkpointing=True), (16,))
+
+
+def test_maps_with_channels_behind_come_out_with_channels_first():
+    backbone = untrained("mambaout_femto")
+    shapes = [x.shape for x in backbone(torch.rand(1, 3, 64, 96))]
+    assert shapes == [(1, c, 64 // s, 96 // s) for c, s in zip(backbone.channels, (8, 16, 32), strict=True)]

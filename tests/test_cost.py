@@ -16,7 +16,7 @@ from dfine.model import DFine
 NUMBER = r" ([\d.-]+) "
 
 
-def test_the_parts_add_up_to_a_distilled_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+def test_a_table_of_all_parts_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     own = pages(tmp_path / "pages", count=4, empty=(1,))
     tree = TINY | {"data": TINY["data"] | {"train": own, "val": own}, "distill": {"teacher": str(tmp_path / "t.pt")}}
     (tmp_path / "student.yaml").write_text(yaml.safe_dump(tree))

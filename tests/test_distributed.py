@@ -8,7 +8,8 @@ from processes import ends, launch
 from tiny import freeze_batch_norms, noised, random_boxes, shaken, tiny_model
 
 from dfine import distributed, engine
-from dfine.config import LossConfig, TrainConfig
+from dfine.backbone import Backbone
+from dfine.config import BackboneConfig, LossConfig, TrainConfig
 from dfine.criterion import criterion
 from dfine.structures import NoisedTruth, Target
 
@@ -83,3 +84,12 @@ def test_one_process_asks_nobody() -> None:
     assert distributed.any_process(True)
     assert distributed.gather(5) == [5]
     assert distributed.is_main()
+
+
+def test_synchronised_batch_norms_keep_the_activations_that_timm_puts_inside():
+    torch.manual_seed(0)
+    backbone = Backbone(BackboneConfig(name="test_efficientnet", pretrained=False), (8, 16, 32)).eval()
+    images = torch.rand(1, 3, 64, 64)
+    before = backbone(images)
+    for one, other in zip(before, engine.convert_sync_batchnorm(backbone)(images), strict=True):
+        torch.testing.assert_close(one, other)

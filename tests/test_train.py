@@ -265,6 +265,15 @@ def test_wherever_two_processes_with_workers_are_stopped_they_resume_to_the_unin
     assert same(checkpoint.read(run / "best.pt")["ema"], checkpoint.read(whole / "best.pt")["ema"])
 
 
+def test_a_resumed_run_has_the_weight_decay_of_its_own_config(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(config, run, "train.max_steps=1")
+    train(config, run, "train.max_steps=2", "train.weight_decay=0.2", "--resume")
+    assert {group["weight_decay"] for group in state(run)["optimizer"]["param_groups"]} == {0.0, 0.2}
+    with pytest.raises(ConfigError, match="between AdamW and Muon"):
+        train(config, run, "train.muon_factor=10", "--resume")
+
+
 def test_a_killed_run_goes_on_from_the_last_saved_step(config: Path, uninterrupted: Path, tmp_path: Path) -> None:
     (process,) = launch(
         stopped, config, tmp_path, ("train.save_every=3",), signalled_in_step, 8, signal.SIGKILL, 0, count=1
