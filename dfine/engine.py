@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -48,7 +49,7 @@ def parallel(model: DFine, config: TrainConfig, device: torch.device) -> nn.Modu
     replica: nn.Module = model
     if distributed.world_size() > 1:
         if device.type == "cuda":
-            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            convert_sync_batchnorm(model)  # timm's: torch's loses the activations that timm's batch norms hold
         replica = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     if config.compile:
         replica.compile(dynamic=True)
