@@ -144,6 +144,9 @@ class DFine(nn.Module):
         if fast:
             device = self.mean.device.type
             self.to(memory_format=torch.channels_last)
+            for module in self.modules():
+                if isinstance(module, nn.Conv2d | nn.Linear | nn.MultiheadAttention):
+                    module.bfloat16()  # once, not in every forward pass
             self.forward = torch.autocast(device, torch.bfloat16)(self.forward)  # type: ignore[method-assign]
             if device == "cuda":
                 self.compile()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dfine.config import LossConfig
 from dfine.criterion import criterion
 from dfine.hybrid_encoder import RepVGG
-from dfine.model import DFine, QuerySelection, detect
+from dfine.model import DFine, QuerySelection, detect, gather
 from dfine.structures import DFineOutput, Queries, Refinement, Target
 
 WITH_BOXES, EMPTY = target([[0.3, 0.3, 0.2, 0.2], [0.7, 0.6, 0.3, 0.2]], labels=[0, 2]), target([])
@@ -477,6 +477,16 @@ def test_a_deployed_repvgg_block_is_one_convolution():
     assert blocks
     for block in blocks:
         assert [type(module) for module in block.modules() if isinstance(module, nn.Conv2d)] == [nn.Conv2d]
+
+
+def test_deployed_in_half_precision_it_answers_nearly_the_same():
+    """Every cell is a query, in whatever order: bf16 ranks them otherwise."""
+    model = settled(queries=8 * 12 + 4 * 6 + 2 * 3)
+    with torch.no_grad():
+        expected, answer = model(pages()), copy.deepcopy(model).deploy(fast=True)(pages())
+    assert answer.refined.logits.dtype == answer.refined.boxes.dtype == torch.float32
+    ours, theirs = (gather(torch.cat(x.refined[:2], -1)[0], x.queries.cells.argsort(1)) for x in (answer, expected))
+    torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0.05)
 
 
 def test_the_narrower_decoder_can_be_deployed_too():
