@@ -51,7 +51,6 @@ def training(settings: Config, case: Case, device: torch.device, repeats: int) -
     return times | {"of which matching": measure(matching, device, repeats)["whole"]}
 
 
-@torch.inference_mode()
 def inference(settings: Config, case: Case, device: torch.device, repeats: int) -> dict[str, list[float]]:
     """From pixels to detections: the model as trained, deployed, and deployed as recommended on a GPU."""
     batch = made_up(case, device)
@@ -63,6 +62,7 @@ def inference(settings: Config, case: Case, device: torch.device, repeats: int) 
     times: dict[str, list[float]] = {}
     for name, model in forms.items():
 
+        @torch.inference_mode()
         def run(watch: Stopwatch, model: DFine = model) -> None:
             detect(model(batch.images, batch.sizes), sizes)
             watch.mark("detections")

@@ -6,6 +6,7 @@ does (channels-last).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -132,12 +133,9 @@ def against_peer(settings: Config, case: Case, device: torch.device, repeats: in
     }
     rows = [race(what, *pair, device, repeats) for what, pair in ours.items()]
     other.eval()
-    with torch.inference_mode():
-        for what, fast in (("inference, deploy()", False), ("inference, deploy(fast=True)", True)):
-            deployed = built(settings, case.queries, device).deploy(fast)
-
-            def answer(deployed: DFine = deployed) -> DFineOutput:
-                return deployed(batch.images, batch.sizes)
-
-            rows.append(race(what, answer, lambda: other(pixel_values=images), device, repeats))
+    for what, fast in (("inference, deploy()", False), ("inference, deploy(fast=True)", True)):
+        deployed = built(settings, case.queries, device).deploy(fast)
+        with torch.inference_mode():
+            answer, their_answer = partial(deployed, batch.images, batch.sizes), partial(other, pixel_values=images)
+            rows.append(race(what, answer, their_answer, device, repeats))
     return [{**case._asdict(), **row} for row in rows]
