@@ -80,9 +80,11 @@ def watched(model: DFine, watch: Stopwatch) -> Iterator[None]:
         module.register_forward_hook(lambda *_, name=name: watch.mark(f"{name}, forward"))
         for name, module in parts.items()
     ]
-    yield
-    for hook in hooks:
-        hook.remove()
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def step(model: DFine, optimizer: torch.optim.Optimizer, batch: Batch, settings: Config, watch: Stopwatch) -> None:
