@@ -205,6 +205,7 @@ def size(text: str) -> tuple[int, int]:
 
 
 def parsed() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="a YAML file of configs/, whose model is measured")
     parser.add_argument("--models", type=Path, nargs="+", default=[], help="configs whose models' sizes are shown")
