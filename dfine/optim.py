@@ -37,13 +37,18 @@ def parameter_groups(model: DFine, config: TrainConfig) -> list[dict]:
 def optimizer(model: DFine, config: TrainConfig) -> optim.Optimizer:
     """AdamW, or with `muon_factor` timm's Muon, which falls back to AdamW where it does not apply.
 
-    Both with Nesterov's momentum then.
+    Both with Nesterov's momentum then. Three Newton-Schulz iterations (timm: 5) are a third less work and taught no less.
     """
     groups = parameter_groups(model, config)
     if not config.muon_factor:
         return optim.AdamW(groups, lr=config.learning_rate, fused=True)
     return Muon(
-        groups, nesterov=True, ns_coefficients="original", betas=(0.9, 0.999), fallback_lr_scale=1 / config.muon_factor
+        groups,
+        nesterov=True,
+        ns_steps=3,
+        ns_coefficients="original",
+        betas=(0.9, 0.999),
+        fallback_lr_scale=1 / config.muon_factor,
     )
 
 

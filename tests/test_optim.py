@@ -58,11 +58,13 @@ def test_muon_moves_matrices_along_orthogonal_directions_and_leaves_the_rest_to_
     muon = optimizer(model, config)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
+    gradient = model.selection.project.weight.grad.clone()
     set_learning_rate(muon, 1e-3)
     muon.step()
     moved = {name: before[name] - parameter.detach() for name, parameter in model.named_parameters()}
-    singular = torch.linalg.svdvals(moved["selection.project.weight"])
-    assert singular.max() / singular.min() < 2.5  # of the gradient's: far more
+    given, taken = torch.linalg.svdvals(gradient), torch.linalg.svdvals(moved["selection.project.weight"])
+    assert taken.max() / taken.min() < 0.1 * given.max() / given.min()
+    assert taken.max() / taken.median() < 0.7 * given.max() / given.median()
     assert moved["selection.project.weight"].square().mean().sqrt() == pytest.approx(0.2 * 10 * 1e-3, rel=0.25)
     for name in ("selection.class_head.weight", "selection.norm.bias"):  # AdamW's first step is the same everywhere
         torch.testing.assert_close(moved[name].abs(), torch.full_like(moved[name], 1.9e-3), rtol=1e-2, atol=0)
