@@ -1,9 +1,9 @@
 """How long a step takes, part by part: `python -m dfine.benchmark [--json FILE] [--peer] [key=value ...]`.
 
-Times are medians over repeats after a warm-up, with the lowest and the highest tenth. Training runs as in train.py (on
-a GPU under bf16 autocast). Pages are noise with random boxes of random classes: only matching asks what is on them.
-Without `--config` the model is the default one around a ConvNeXt-T; weights are always random. `--peer` adds a
-comparison with the D-FINE of `transformers` (the extra `bench`), see `dfine.peer`.
+Times are medians over repeats after a warm-up, with the lowest and the highest tenth. Training runs as in train.py: in
+bf16 on a GPU, and with `train.bf16_cpu=true` on a CPU. Pages are noise with random boxes of random classes: only
+matching asks what is on them. Without `--config` the model is the default one around a ConvNeXt-T; weights are always
+random. `--peer` adds a comparison with the D-FINE of `transformers` (the extra `bench`), see `dfine.peer`.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from dfine.config import Config
 from dfine.criterion import stack
 from dfine.data import train_loader
 from dfine.denoising import freshly_noised
+from dfine.engine import autocast
 from dfine.matcher import match
 from dfine.model import DFine, detect
 from dfine.sources import open_source
@@ -94,10 +95,12 @@ def memory(settings: Config, case: Case, device: torch.device) -> float:
     return sum(size for address, size in kept.items() if address not in weights) / 2**20
 
 
-def matmul_rate(device: torch.device, bf16: bool) -> float:
+def matmul_rate(device: torch.device, precision: torch.autocast) -> float:
     """FLOPs a second of a large matrix product: what this chip can do, whatever its data sheet says."""
     size = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    a = torch.randn(size, size, device=device)
+    with precision:
+        a = a @ a  # now of the type in which a training step multiplies
 
     def multiply(watch: Stopwatch) -> None:
         a @ a
@@ -249,7 +252,7 @@ def main() -> None:
         "parts": [],
         "peer": [],
     }
-    rate = matmul_rate(device, settings.train.bf16 and device.type == "cuda")
+    rate = matmul_rate(device, autocast(device, settings.train))
     for case in cases:
         report["parts"] += profile(settings, case, device, arguments.repeats, rate)
         if arguments.peer:

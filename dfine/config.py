@@ -241,6 +241,7 @@ class TrainConfig:
     ema_decay: float = 0.9999  # its limit: the average forgets faster while it is young
     freeze_backbone_steps: int = 0
     bf16: bool = True  # autocast on a GPU; boxes, softmax and losses stay in fp32
+    bf16_cpu: bool = False  # train so on CPUs too that multiply bf16 (avx512_bf16, amx_bf16); others stay in fp32
     compile: bool = False
     threads: int = 0  # CPU threads per process; 0: torch's choice
 

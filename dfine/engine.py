@@ -57,8 +57,11 @@ def parallel(model: DFine, config: TrainConfig, device: torch.device) -> nn.Modu
 
 
 def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
-    """bf16 on a GPU; what needs more (boxes, softmax, losses) raises itself to fp32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.bf16 and device.type == "cuda")
+    """bf16 as configured for this device; what needs more (boxes, softmax, losses) raises itself to fp32."""
+    cpu = torch.cpu.get_capabilities()  # without such instructions bf16 is slower than fp32
+    multiplies = cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
+    enabled = config.bf16 if device.type == "cuda" else config.bf16_cpu and multiplies
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -37,7 +37,7 @@ def parameter_groups(model: DFine, config: TrainConfig) -> list[dict]:
 def optimizer(model: DFine, config: TrainConfig) -> optim.Optimizer:
     """AdamW, or with `muon_factor` timm's Muon, which falls back to AdamW where it does not apply.
 
-    Both with Nesterov's momentum then. Three Newton-Schulz iterations (timm: 5) are a third less work and taught no less.
+    Both with Nesterov's momentum then. Three Newton-Schulz iterations (timm: 5) are less work and taught no less.
     """
     groups = parameter_groups(model, config)
     if not config.muon_factor:

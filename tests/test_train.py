@@ -21,7 +21,7 @@ from processes import ends, launch
 import evaluate as evaluate_script
 import train as train_script
 from dfine import checkpoint, distributed, engine, evaluation
-from dfine.config import ConfigError, DataConfig
+from dfine.config import ConfigError, DataConfig, TrainConfig
 from dfine.data import TrainBatches
 from dfine.run import Run
 from dfine.transforms import PageError
@@ -451,3 +451,14 @@ def test_publaynet_then_doclaynet_in_their_published_layouts_by_the_shipped_conf
 def test_the_step_seed_depends_on_seed_and_step() -> None:
     assert engine.step_seed(0, 1) == engine.step_seed(0, 1)
     assert len({engine.step_seed(seed, step) for seed in range(3) for step in range(3)}) == 9
+
+
+@pytest.mark.parametrize(("instructions", "dtype"), [("avx512_bf16", torch.bfloat16), ("avx2", torch.float32)])
+def test_a_cpu_trains_in_bf16_if_asked_to_and_if_it_multiplies_bf16(
+    instructions: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {instructions: True})
+    one = torch.ones(1, 1)
+    for asked, expected in ((True, dtype), (False, torch.float32)):
+        with engine.autocast(torch.device("cpu"), TrainConfig(bf16_cpu=asked)):
+            assert (one @ one).dtype == expected
