@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dfine.config import BackboneConfig, ConfigError
+from dfine.depthwise import faster_depthwise
 
 
 class Backbone(nn.Module):
@@ -32,6 +33,7 @@ class Backbone(nn.Module):
             if not hasattr(body, "set_grad_checkpointing"):
                 raise ConfigError(f"model.backbone.checkpointing: timm offers none for the maps of {config.name}")
             body.set_grad_checkpointing()
+        faster_depthwise(body)
         self.body = body
         self.channels_behind = getattr(body, "output_fmt", Format.NCHW) == Format.NHWC
         self.channels = [body.feature_info.channels()[i] for i in self.indices]
