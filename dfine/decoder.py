@@ -1,6 +1,7 @@
 """The decoder: layers of self-attention, deformable attention and a gate, and the refinement loop of FDR."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfine.boxes import full_precision, logit
@@ -25,10 +26,47 @@ class Gate(nn.Module):
         return self.norm(g1 * x + g2 * y)
 
 
+class SelfAttention(nn.MultiheadAttention):
+    """Among queries of which the first K see what a mask leaves them, and the others see each other.
+
+    So the matching queries need no mask, and nothing is computed between them and the denoising queries.
+    """
+
+    def forward(self, x: Tensor, position: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """
+        Args:
+            x: (B, Q, D) content. position: (B, Q, D) added to queries and keys. mask: (K, Q), True where blocked.
+        Returns:
+            (B, Q, D)
+        """
+        (to_qk, to_v), (qk_bias, v_bias) = (
+            packed.split([2 * self.embed_dim, self.embed_dim]) for packed in (self.in_proj_weight, self.in_proj_bias)
+        )
+        qk, v = F.linear(x + position, to_qk, qk_bias), F.linear(x, to_v, v_bias)
+        query, key, value = (
+            part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (*qk.chunk(2, dim=-1), v)
+        )  # (B, heads, Q, D / heads) each
+        if mask is None:
+            attended = attend(query, key, value)
+        else:
+            rest = slice(len(mask), None)
+            masked = attend(query[:, :, : len(mask)], key, value, ~mask)
+            attended = torch.cat([masked, attend(query[:, :, rest], key[:, :, rest], value[:, :, rest])], dim=2)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
+    """`F.scaled_dot_product_attention`; on a CPU in fp32, where it is faster than in bf16."""
+    if query.device.type == "cpu":
+        query, key, value = full_precision(query), full_precision(key), full_precision(value)
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(query, key, value, visible)
+
+
 class DecoderLayer(nn.Module):
     def __init__(self, dim: int, heads: int, feedforward_dim: int, points: tuple[int, ...]) -> None:
         super().__init__()
-        self.self_attention = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.self_attention = SelfAttention(dim, heads)
         self.norm1 = nn.LayerNorm(dim)
         self.cross_attention = DeformableAttention(dim, heads, points)
         self.gate = Gate(dim)
@@ -48,13 +86,11 @@ class DecoderLayer(nn.Module):
         """
         Args:
             x: (B, Q, D) content. position: (B, Q, D) added to queries and keys. reference: (B, Q, 4).
-            memory, shapes, valid_ratio: see `DeformableAttention`. mask: (Q, Q), True where attention is blocked.
+            memory, shapes, valid_ratio: see `DeformableAttention`. mask: see `SelfAttention`.
         Returns:
             (B, Q, D)
         """
-        query = x + position
-        attended = self.self_attention(query, query, x, attn_mask=mask, need_weights=False)[0]
-        x = self.norm1(x + attended)
+        x = self.norm1(x + self.self_attention(x, position, mask))
         x = self.gate(x, self.cross_attention(x + position, reference, memory, shapes, valid_ratio))
         return self.norm2(x + self.feedforward(x))
 

@@ -80,7 +80,7 @@ class DFine(nn.Module):
         x, reference, mask, slots = gather(tokens, queries.cells).detach(), queries.proposal, None, 0
         if noised is not None:
             slots = noised.labels.shape[1]
-            mask = attention_mask(slots, noised.groups, x.shape[1], x.device)
+            mask = attention_mask(slots, noised.groups, x.shape[1], x.device)[:slots]
             x = torch.cat([self.denoising_labels(noised.labels).to(x.dtype), x], dim=1)  # (B, slots + Q, D)
             reference = torch.cat([noised.boxes.clamp(1e-5, 1 - 1e-5), reference], dim=1)  # (B, slots + Q, 4)
         refined, initial = self.decoder(x, reference, *places, mask, every_layer=self.training)

@@ -9,7 +9,7 @@ from tiny import random_boxes, shaken
 from torch import Tensor, nn
 
 from dfine.config import DecoderConfig
-from dfine.decoder import Decoder, DecoderLayer, Gate, class_head
+from dfine.decoder import Decoder, DecoderLayer, Gate, SelfAttention, class_head
 from dfine.fdr import decode, expectation, zero_last
 
 SHAPES = [(4, 6), (2, 3)]
@@ -93,6 +93,43 @@ def test_the_gate_looks_at_both_sides():
     sides = torch.randn(2, 1, 8, dtype=torch.float64, requires_grad=True)
     gate.gate(sides.transpose(0, 1).flatten(1))[0, 0].backward()  # one channel of g1
     assert (sides.grad != 0).all()
+
+
+# Self-attention
+
+
+def attentions() -> tuple[nn.MultiheadAttention, SelfAttention, Tensor, Tensor]:
+    """torch's and ours with the same weights; content and position of five queries."""
+    torch.manual_seed(0)
+    theirs, ours = nn.MultiheadAttention(32, 4, batch_first=True), SelfAttention(32, 4)
+    nn.init.normal_(theirs.in_proj_bias)
+    ours.load_state_dict(theirs.state_dict())
+    x, position = torch.randn(2, 2, 5, 32, dtype=torch.float64)
+    return theirs.double(), ours.double(), x, position
+
+
+@pytest.mark.parametrize("slots", [0, 2, 4, 5])
+def test_self_attention_is_torchs_where_the_queries_behind_the_mask_see_each_other(slots: int):
+    theirs, ours, x, position = attentions()
+    blocked = torch.zeros(5, 5, dtype=torch.bool)
+    blocked[slots:, :slots] = True
+    blocked[: slots // 2, slots // 2 : slots] = blocked[slots // 2 : slots, : slots // 2] = True
+    expected, _ = theirs(x + position, x + position, x, attn_mask=blocked)
+    torch.testing.assert_close(ours(x, position, blocked[:slots]), expected)
+    torch.testing.assert_close(ours(x, position, blocked), expected)
+
+
+def test_self_attention_without_a_mask_is_torchs():
+    theirs, ours, x, position = attentions()
+    torch.testing.assert_close(ours(x, position), theirs(x + position, x + position, x)[0])
+
+
+def test_self_attention_in_half_precision_is_nearly_torchs_in_full():
+    theirs, ours, x, position = attentions()
+    with torch.autocast("cpu", torch.bfloat16):
+        answer = ours.float()(x.float(), position.float())
+    expected, _ = theirs(x + position, x + position, x)
+    torch.testing.assert_close(answer.double(), expected, atol=0.02, rtol=0)
 
 
 # A layer
