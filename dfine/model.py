@@ -180,14 +180,17 @@ class QuerySelection(nn.Module):
     ) -> tuple[Prediction | None, Queries, Tensor]:
         """(B, S, D) -> in training mode the answer at the selected cells; where they are; all tokens (B, S, D)."""
         anchors, valid = self.anchors(shapes, sizes, memory)  # (B or 1, S, 4), (B or 1, S)
-        tokens = self.norm(self.project(memory * valid[..., None]))  # (B, S, D)
-        logits = full_precision(self.class_head(tokens))  # (B, S, C)
-        score = logits.amax(-1).masked_fill(~valid, -torch.inf)  # (B, S)
-        index = score.topk(min(self.queries, score.shape[1])).indices  # (B, Q)
+        memory = memory * valid[..., None]
+        with torch.no_grad():  # ranking has no gradient
+            tokens = self.norm(self.project(memory))  # (B, S, D)
+            score = full_precision(self.class_head(tokens)).amax(-1).masked_fill(~valid, -torch.inf)  # (B, S)
+            index = score.topk(min(self.queries, score.shape[1])).indices  # (B, Q)
         anchors = gather(anchors.expand(len(index), -1, -1), index)  # (B, Q, 4)
-        delta = full_precision(self.box_head(gather(tokens, index)))  # (B, Q, 4)
-        boxes = (delta + logit(anchors)).sigmoid()
-        answer = Prediction(gather(logits, index), boxes) if self.training else None
+        selected = gather(tokens, index)  # (B, Q, D)
+        if torch.is_grad_enabled():  # made again, so that the backward pass is over these alone
+            selected = self.norm(self.project(gather(memory, index)))
+        boxes = (full_precision(self.box_head(selected)) + logit(anchors)).sigmoid()  # (B, Q, 4)
+        answer = Prediction(full_precision(self.class_head(selected)), boxes) if self.training else None
         return answer, Queries(index, boxes.detach()), tokens
 
     def anchors(self, shapes: list[tuple[int, int]], sizes: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -173,6 +173,18 @@ def test_boxes_and_scores_stay_in_single_precision_under_autocast():
     assert {answer.dtype for answer in answers} == {torch.float32}
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_the_selected_cells_teach_what_ranks_them(half: bool):
+    """Ranking itself has no gradient; in half precision its cast weights must not be taken for those of the answer."""
+    model = tiny_model().train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        output = model(pages())
+    (output.encoder.logits.square().sum() + output.encoder.boxes.sum()).backward()
+    selection = dict(model.selection.named_parameters())
+    assert {name for name, weight in selection.items() if weight.grad is None} == set()
+    assert all(weight.grad.abs().sum() > 0 for name, weight in selection.items() if not name.startswith("box_head"))
+
+
 # Pixels
 
 
