@@ -27,9 +27,9 @@ class Gate(nn.Module):
 
 
 class SelfAttention(nn.MultiheadAttention):
-    """Among queries of which the first K see what a mask leaves them, and the others see each other.
+    """Among queries of which the first K, the denoising ones, see what a mask leaves them; the others see each other.
 
-    So the matching queries need no mask, and nothing is computed between them and the denoising queries.
+    So the matching queries need no mask, and nothing is computed from what it would hide from them.
     """
 
     def forward(self, x: Tensor, position: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
@@ -59,7 +59,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = N
     """`F.scaled_dot_product_attention`; on a CPU in fp32, where it is faster than in bf16."""
     if query.device.type == "cpu":
         query, key, value = full_precision(query), full_precision(key), full_precision(value)
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast("cpu", enabled=False):  # which would make them bf16 again
         return F.scaled_dot_product_attention(query, key, value, visible)
 
 

@@ -77,7 +77,7 @@ class DFine(nn.Module):
         places = (memory, shapes, valid_ratio)
 
         encoder, queries, tokens = self.selection(memory, shapes, sizes)
-        x, reference, mask, slots = gather(tokens, queries.cells).detach(), queries.proposal, None, 0
+        x, reference, mask, slots = gather(tokens, queries.cells), queries.proposal, None, 0
         if noised is not None:
             slots = noised.labels.shape[1]
             mask = attention_mask(slots, noised.groups, x.shape[1], x.device)[:slots]
@@ -92,7 +92,7 @@ class DFine(nn.Module):
             refined, initial = split(refined, initial, slice(slots, None))
         answers = None
         if shared is not None:
-            content = gather(tokens, shared.cells).detach()
+            content = gather(tokens, shared.cells)
             answers, _ = self.decoder(content, shared.proposal, *places, every_layer=self.training)
         return DFineOutput(refined, queries, initial, encoder, denoising, answers)
 
@@ -178,7 +178,10 @@ class QuerySelection(nn.Module):
     def forward(
         self, memory: Tensor, shapes: list[tuple[int, int]], sizes: Tensor | None
     ) -> tuple[Prediction | None, Queries, Tensor]:
-        """(B, S, D) -> in training mode the answer at the selected cells; where they are; all tokens (B, S, D)."""
+        """(B, S, D) -> in training mode the answer at the selected cells; where they are; all tokens (B, S, D).
+
+        The tokens have no gradient.
+        """
         anchors, valid = self.anchors(shapes, sizes, memory)  # (B or 1, S, 4), (B or 1, S)
         memory = memory * valid[..., None]
         with torch.no_grad():  # ranking has no gradient
@@ -186,9 +189,9 @@ class QuerySelection(nn.Module):
             score = full_precision(self.class_head(tokens)).amax(-1).masked_fill(~valid, -torch.inf)  # (B, S)
             index = score.topk(min(self.queries, score.shape[1])).indices  # (B, Q)
         anchors = gather(anchors.expand(len(index), -1, -1), index)  # (B, Q, 4)
-        selected = gather(tokens, index)  # (B, Q, D)
-        if torch.is_grad_enabled():  # made again, so that the backward pass is over these alone
-            selected = self.norm(self.project(gather(memory, index)))
+        # The selected tokens (B, Q, D) are made again, so that the backward pass is over these alone.
+        again = torch.is_grad_enabled()
+        selected = self.norm(self.project(gather(memory, index))) if again else gather(tokens, index)
         boxes = (full_precision(self.box_head(selected)) + logit(anchors)).sigmoid()  # (B, Q, 4)
         answer = Prediction(full_precision(self.class_head(selected)), boxes) if self.training else None
         return answer, Queries(index, boxes.detach()), tokens

@@ -9,7 +9,7 @@ from tiny import random_boxes, shaken
 from torch import Tensor, nn
 
 from dfine.config import DecoderConfig
-from dfine.decoder import Decoder, DecoderLayer, Gate, SelfAttention, class_head
+from dfine.decoder import Decoder, DecoderLayer, Gate, SelfAttention, attend, class_head
 from dfine.fdr import decode, expectation, zero_last
 
 SHAPES = [(4, 6), (2, 3)]
@@ -126,9 +126,11 @@ def test_self_attention_without_a_mask_is_torchs():
 
 def test_self_attention_in_half_precision_is_nearly_torchs_in_full():
     theirs, ours, x, position = attentions()
+    blocked = torch.eye(5, dtype=torch.bool)
     with torch.autocast("cpu", torch.bfloat16):
-        answer = ours.float()(x.float(), position.float())
-    expected, _ = theirs(x + position, x + position, x)
+        answer = ours.float()(x.float(), position.float(), blocked)
+        assert attend(*torch.randn(3, 1, 4, 5, 8, dtype=torch.bfloat16)).dtype == torch.float32
+    expected, _ = theirs(x + position, x + position, x, attn_mask=blocked)
     torch.testing.assert_close(answer.double(), expected, atol=0.02, rtol=0)
 
 
