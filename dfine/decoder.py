@@ -46,7 +46,7 @@ class SelfAttention(nn.MultiheadAttention):
         query, key, value = (
             part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (*qk.chunk(2, dim=-1), v)
         )  # (B, heads, Q, D / heads) each
-        if mask is None:
+        if mask is None or len(mask) == 0:
             attended = attend(query, key, value)
         else:
             rest = slice(len(mask), None)

@@ -74,8 +74,8 @@ def by_embedding_bag(
 class WeightedSum(torch.autograd.Function):
     """(R, W) values, (N, K) int32 rows of them, (N, K) shares -> (N, W) sums of a row's shares of its values.
 
-    `F.embedding_bag`, but for the gradient of the values, which is such a sum as well: of the gradients of all sums
-    that a value went into. torch's own adds them up one by one, which takes up to twice as long.
+    `F.embedding_bag` on a CPU, but for the gradient of the values, which is such a sum as well: of the gradients of all
+    sums that a value went into. torch's own adds them up one by one, which takes up to twice as long.
     """
 
     @staticmethod
@@ -86,6 +86,7 @@ class WeightedSum(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, Tensor]:
+        """(N, W) -> (R, W) of the values, (N, K) of the shares."""
         values, rows, shares = ctx.saved_tensors
         sorted_rows, order = rows.flatten().sort()
         starts = torch.searchsorted(sorted_rows, torch.arange(len(values), dtype=torch.int32), out_int32=True)

@@ -30,6 +30,7 @@ class DepthwiseConvolution(torch.autograd.Function):
     @custom_bwd(device_type="cpu")
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        """(B, C, H', W') -> (B, C, H, W) of x, (C, 1, K, K) of the weight, (C,) of the bias, each if it is needed."""
         x, weight = ctx.saved_tensors
         how = {"padding": ctx.padding, "groups": len(weight)}
         to_x = to_weight = to_bias = None
