@@ -8,16 +8,18 @@ import sys
 
 import torch
 
-from dfine import checkpoint, config, distributed, engine
-from dfine.criterion import criterion
-from dfine.data import evaluation_loader, train_loader
-from dfine.denoising import freshly_noised
-from dfine.distillation import active, distillation
+from dfine import config, distributed
+from dfine.checkpoints.ours import initialise, load_teacher
+from dfine.data.batches import evaluation_loader, train_loader
+from dfine.data.sources import open_source
 from dfine.distributed import say
-from dfine.model import DFine
-from dfine.run import Run
-from dfine.sources import open_source
+from dfine.losses.criterion import criterion
+from dfine.losses.distillation import active, distillation
+from dfine.model.denoising import freshly_noised
+from dfine.model.detector import DFine
 from dfine.structures import Batch
+from dfine.training import engine
+from dfine.training.run import Run
 
 
 def main() -> None:
@@ -38,9 +40,9 @@ def main() -> None:
 
     model = DFine(settings.model, len(train_pages.categories))
     if settings.model.init_from:
-        say(checkpoint.initialise(model, settings.model.init_from, train_pages.categories))
+        say(initialise(model, settings.model.init_from, train_pages.categories))
     model.to(device).to(memory_format=torch.channels_last)  # convolutions are faster so
-    teacher = checkpoint.load_teacher(settings, arguments.config, train_pages.categories)
+    teacher = load_teacher(settings, arguments.config, train_pages.categories)
     teacher.to(device).to(memory_format=torch.channels_last)
     run = Run(settings, train_pages.categories, model, device, len(sampler) // settings.train.accumulate)
     run.open(arguments.resume)

@@ -8,12 +8,14 @@ import json
 import sys
 from pathlib import Path
 
-from dfine import checkpoint, config, distributed, engine
+from dfine import config, distributed
+from dfine.checkpoints.ours import load_model
 from dfine.config import ConfigError
-from dfine.data import evaluation_loader
+from dfine.data.batches import evaluation_loader
+from dfine.data.sources import open_source
 from dfine.distributed import say
-from dfine.evaluation import coco_metrics, find, table
-from dfine.sources import open_source
+from dfine.inference.evaluation import coco_metrics, find, table
+from dfine.training import engine
 
 
 def main() -> None:
@@ -21,7 +23,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, type=Path, help="best.pt or last.pt of a run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.val.images=pages/test")
     arguments = parser.parse_intermixed_args()
-    model, settings, categories = checkpoint.load_model(arguments.checkpoint)
+    model, settings, categories = load_model(arguments.checkpoint)
     settings = config.override(settings, [f"run_dir={arguments.checkpoint.parent}", *arguments.overrides])
 
     device = distributed.start()

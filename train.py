@@ -5,15 +5,17 @@ import sys
 
 import torch
 
-from dfine import checkpoint, config, distributed, engine
-from dfine.criterion import criterion
-from dfine.data import evaluation_loader, train_loader
-from dfine.denoising import freshly_noised
+from dfine import config, distributed
+from dfine.checkpoints.ours import initialise
+from dfine.data.batches import evaluation_loader, train_loader
+from dfine.data.sources import open_source
 from dfine.distributed import say
-from dfine.model import DFine
-from dfine.run import Run
-from dfine.sources import open_source
+from dfine.losses.criterion import criterion
+from dfine.model.denoising import freshly_noised
+from dfine.model.detector import DFine
 from dfine.structures import Batch
+from dfine.training import engine
+from dfine.training.run import Run
 
 
 def main() -> None:
@@ -38,7 +40,7 @@ def main() -> None:
 
     model = DFine(settings.model, len(train_pages.categories))
     if settings.model.init_from:
-        say(checkpoint.initialise(model, settings.model.init_from, train_pages.categories))
+        say(initialise(model, settings.model.init_from, train_pages.categories))
     model.to(device).to(memory_format=torch.channels_last)  # convolutions are faster so
     run = Run(settings, train_pages.categories, model, device, len(sampler) // settings.train.accumulate)
     run.open(arguments.resume)

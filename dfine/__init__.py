@@ -1,1 +1,11 @@
-"""D-FINE (arXiv 2410.13842) in plain PyTorch, for document layout detection."""
+"""D-FINE in plain PyTorch, for document layout detection.
+
+detector = dfine.load("runs/quickstart/best.pt")
+for found in detector(["page1.png", "page2.png"]):
+    print(found.labels, found.scores, found.boxes)
+"""
+
+from dfine.inference.pages import Detector, Found, load
+from dfine.model.detector import DFine
+
+__all__ = ["DFine", "Detector", "Found", "load"]

@@ -1,8 +1,8 @@
 """Recorded numbers of the original implementation for the tests that compare with them.
 
 A test marked `golden(files, part)` runs once for each file that fits the pattern, from tests/golden/ or from the folder
-of `pytest --golden DIR`; a file that tests/golden/ has and DIR lacks is a failure, and so is an expected result that
-the test leaves uncompared. With `-v` the largest deviation of each part is printed at the end.
+of `pytest tests --golden DIR`; a file that tests/golden/ has and DIR lacks is a failure, and so is an expected result
+that the test leaves uncompared. With `-v` the largest deviation of each part is printed at the end.
 """
 
 from collections.abc import Iterator
@@ -10,11 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from recorded import Deviation, Golden
+from scripts import TINY, pages, train
 from torch import Tensor
 
 SHIPPED = Path(__file__).parent / "golden"
 DEVIATIONS = pytest.StashKey[dict[str, Deviation]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--golden", type=Path, metavar="DIR", help="compare with the recorded numbers of this folder")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -67,3 +73,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.line("| part | largest deviation | among numbers up to | test |\n|---|---|---|---|")
         for part, worst in deviations.items():
             terminalreporter.line(f"| {part} | {worst.largest:.2g} | {worst.magnitude:.2g} | `{worst.test}` |")
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("config")
+    own = pages(folder / "pages", empty=(1,))
+    tree = TINY | {"data": TINY["data"] | {"train": own, "val": own}}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    return folder / "tiny.yaml"
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+    train(config, folder)
+    return folder

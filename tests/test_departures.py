@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from dfine import distributed
 from dfine.config import Config, LossConfig, MatcherConfig
-from dfine.criterion import criterion
-from dfine.engine import optimize
-from dfine.golsd import union
-from dfine.hybrid_encoder import sincos_positions
-from dfine.matcher import match, matching_cost
-from dfine.model import QuerySelection, detect
+from dfine.losses.criterion import criterion
+from dfine.losses.golsd import union
+from dfine.losses.matcher import match, matching_cost
+from dfine.model.detector import QuerySelection, detect
+from dfine.model.hybrid_encoder import sincos_positions
 from dfine.structures import Batch, DFineOutput, Matches, Prediction, Queries, Refinement
+from dfine.training.engine import optimize
 
 
 def test_row_major_positions():

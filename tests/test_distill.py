@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_train import TINY, finish, pages, same, start, state, train
+from scripts import TINY, finish, pages, same, start, state, train
 from tiny import shaken
 from torch import nn
 
 import distill as distill_script
 import evaluate as evaluate_script
-from dfine import checkpoint, predict
+from dfine import predict
+from dfine.checkpoints import ours
 from dfine.config import ConfigError, from_dict
-from dfine.model import DFine
+from dfine.model.detector import DFine
 
 CATEGORIES = [{"id": 3, "name": "text"}, {"id": 5, "name": "figure"}]
 START_LATE = ["distill.go_lsd.start_epoch=1"]  # of two: the loss changes on the way
@@ -28,7 +29,7 @@ def write_teacher(path: Path, names: tuple[str, ...] = ("text", "figure"), **dec
     torch.manual_seed(0)
     categories = [{"id": label, "name": name} for label, name in enumerate(names)]
     teacher = shaken(DFine(settings.model, len(names)), 0.02)
-    checkpoint.save(path, checkpoint.weights(settings, categories, teacher))
+    ours.save(path, ours.weights(settings, categories, teacher))
     return path
 
 
@@ -63,7 +64,7 @@ def terms(run_dir: Path) -> list[set[str]]:
 def test_the_student_is_a_plain_detector(folder: Path, uninterrupted: Path, tmp_path: Path) -> None:
     """It answers where its teacher never was, and nothing in its files tells of one."""
     for name in ("best.pt", "last.pt"):
-        content = checkpoint.read(uninterrupted / name)
+        content = ours.read(uninterrupted / name)
         settings = from_dict(content["config"])
         assert content["ema"].keys() == DFine(settings.model, 2).state_dict().keys()
         assert "distill" not in content["config"]
@@ -103,8 +104,8 @@ def test_without_alpha_the_teacher_is_not_asked_and_the_student_learns_as_if_alo
 ) -> None:
     """The same weights to the last bit, and with them the same start, pages and noise: what an ablation compares."""
     train(folder / "plain.yaml", tmp_path / "plain", "train.max_steps=3")
-    load_teacher = checkpoint.load_teacher
-    monkeypatch.setattr(checkpoint, "load_teacher", lambda *arguments: silent(load_teacher(*arguments)))
+    load_teacher = distill_script.load_teacher
+    monkeypatch.setattr(distill_script, "load_teacher", lambda *arguments: silent(load_teacher(*arguments)))
     distill(folder, tmp_path / "alone", "train.max_steps=3", "distill.alpha=0")
     assert same(state(tmp_path / "alone"), state(tmp_path / "plain"))
 
@@ -123,13 +124,13 @@ def test_the_teacher_stays_as_it_is_and_beta_weighs_the_truth(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     teachers = []
-    load_teacher = checkpoint.load_teacher
-    monkeypatch.setattr(checkpoint, "load_teacher", lambda *a: teachers.append(load_teacher(*a)) or teachers[-1])
+    load_teacher = distill_script.load_teacher
+    monkeypatch.setattr(distill_script, "load_teacher", lambda *a: teachers.append(load_teacher(*a)) or teachers[-1])
     distill(folder, tmp_path / "run", "train.max_steps=2", "distill.beta=0")
     (teacher,) = teachers
     assert not any(module.training for module in teacher.modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    assert same(dict(teacher.state_dict()), checkpoint.read(folder / "teacher.pt")["ema"])
+    assert same(dict(teacher.state_dict()), ours.read(folder / "teacher.pt")["ema"])
     logged = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["train"]
     assert logged["vfl"] == logged["l1_denoising"] == 0
     assert logged["loss"] == pytest.approx(sum(logged[f"distill_{term}"] for term in ("class", "box", "go_lsd")))
@@ -172,18 +173,18 @@ def test_teachers_that_do_not_fit_are_refused_before_anything_is_written(
         f"distill.teacher: {turned} knows the classes figure, text; {folder / 'pages' / 'pages.json'} (data.train of "
         f"{student}) has text, figure: both need the same in the same order"
     )
-    content = checkpoint.read(folder / "teacher.pt")
+    content = ours.read(folder / "teacher.pt")
     content["config"]["model"] |= {"strides": [16, 32]}
     content["config"]["model"]["decoder"] |= {"points": [3, 6]}
     model = DFine(from_dict(content["config"]).model, 2)
-    checkpoint.save(tmp_path / "coarse.pt", content | {"ema": model.state_dict()})
+    ours.save(tmp_path / "coarse.pt", content | {"ema": model.state_dict()})
     message = refused(str(tmp_path / "coarse.pt"))
     assert message.startswith(f"distill.teacher: {tmp_path / 'coarse.pt'} has the strides [16, 32], the student of")
     assert f"{student} has [8, 16, 32]" in message
 
 
 def test_a_missing_teacher_is_named(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(checkpoint.CheckpointError, match=r"nowhere\.pt: no such checkpoint"):
+    with pytest.raises(ours.CheckpointError, match=r"nowhere\.pt: no such checkpoint"):
         distill(folder, tmp_path / "run", "distill.teacher=nowhere.pt")
 
 

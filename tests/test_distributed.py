@@ -7,11 +7,12 @@ import torch
 from processes import ends, launch
 from tiny import freeze_batch_norms, noised, random_boxes, shaken, tiny_model
 
-from dfine import distributed, engine
-from dfine.backbone import Backbone
+from dfine import distributed
 from dfine.config import BackboneConfig, LossConfig, TrainConfig
-from dfine.criterion import criterion
+from dfine.losses.criterion import criterion
+from dfine.model.backbone import Backbone
 from dfine.structures import NoisedTruth, Target
+from dfine.training import engine
 
 
 def pages(boxes: tuple[int, ...]) -> list[Target]:

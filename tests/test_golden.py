@@ -8,13 +8,14 @@ import torch
 from recorded import Golden, answer, check_bins, check_gradients, column_major_positions, named, renamed, transformer
 from torch import Tensor
 
-from dfine import hybrid_encoder, official
 from dfine.boxes import logit, xyxy_to_cxcywh
-from dfine.decoder import DecoderLayer, Gate
-from dfine.deformable_attention import DeformableAttention, deformable_attention
-from dfine.fdr import LQE, decode, encode, expectation, mlp, soft_bins, weighting_function
-from dfine.hybrid_encoder import HybridEncoder, sincos_positions
-from dfine.model import DFine, detect
+from dfine.checkpoints import original
+from dfine.model import hybrid_encoder
+from dfine.model.decoder import DecoderLayer, Gate
+from dfine.model.deformable_attention import DeformableAttention, deformable_attention
+from dfine.model.detector import DFine, detect
+from dfine.model.fdr import LQE, decode, encode, expectation, mlp, soft_bins, weighting_function
+from dfine.model.hybrid_encoder import HybridEncoder, sincos_positions
 from dfine.structures import Detections, DFineOutput, Queries, Refinement
 
 # FDR: the original measures offsets in sizes / reg_scale, we in sizes
@@ -179,7 +180,7 @@ def check_maps(golden: Golden, prefix: str, encoder: HybridEncoder, maps: list[T
 
 def check_statistics(golden: Golden, prefix: str, encoder: HybridEncoder) -> None:
     """Compares the running statistics of all batch norms."""
-    ours = {official.our_name(f"encoder.{name}").removeprefix("encoder."): name for name in golden.under(prefix)}
+    ours = {original.our_name(f"encoder.{name}").removeprefix("encoder."): name for name in golden.under(prefix)}
     statistics = {name: tensor for name, tensor in encoder.state_dict().items() if "running_" in name}
     assert statistics.keys() == ours.keys()
     for name, tensor in statistics.items():
@@ -246,7 +247,7 @@ def output_of(logits: Tensor, boxes: Tensor) -> DFineOutput:
 def test_the_nano_models_features_answers_and_detections_are_the_originals(
     golden: Golden, nano_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    model = official.load(nano_checkpoint)
+    model = original.load(nano_checkpoint)
     parameters = torch.tensor(sum(p.numel() for p in model.parameters()))
     golden.check(parameters, "out.num_trainable")
     golden.check(parameters + 2, "out.num_parameters")  # up and reg_scale are config of ours

@@ -10,17 +10,17 @@ from torch import Tensor
 
 from dfine.boxes import cxcywh_to_xyxy, logit
 from dfine.config import LossConfig, MatcherConfig
-from dfine.criterion import criterion, stack
-from dfine.denoising import (
+from dfine.losses.criterion import criterion, stack
+from dfine.losses.golsd import union
+from dfine.losses.matcher import match, matching_cost
+from dfine.model.denoising import (
     Noise,
     attention_mask,
     denoising_matches,
     draw_noise,
     noised_truth,
 )
-from dfine.fdr import encode, soft_bins, weighting_function
-from dfine.golsd import union
-from dfine.matcher import match, matching_cost
+from dfine.model.fdr import encode, soft_bins, weighting_function
 from dfine.structures import Denoising, DFineOutput, Matches, NoisedTruth, Prediction, Queries, Refinement, Target
 
 # Denoising

@@ -6,17 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from tiny import shaken, tiny_config, tiny_model
-from torchvision.ops import box_iou
+from tiny import drawn_page, shaken, tiny_config, tiny_model
 
-from dfine import checkpoint, predict
+from dfine import predict
+from dfine.checkpoints import ours
 from dfine.config import Config, DataConfig
-from dfine.model import DFine, detect
-from dfine.pictures import colour, draw, grid
-from dfine.predict import predict_page
-from dfine.transforms import PageError, fit, pad, resize
+from dfine.data.transforms import PageError
+from dfine.model.detector import DFine
 
 CATEGORIES = [{"id": 1, "name": "text"}, {"id": 3, "name": "table"}, {"id": 7, "name": "figure"}]
 SMALL = DataConfig(short_edges=(64,), eval_short_edge=64, max_long_edge=96)
@@ -26,17 +23,10 @@ def model() -> DFine:
     return shaken(tiny_model()).eval()
 
 
-def drawn_page(height: int = 120, width: int = 90) -> np.ndarray:
-    page = np.full((height, width, 3), 255, np.uint8)
-    page[10:30, 8 : width - 20] = 0
-    page[height // 2 :, 5 : width // 2] = (40, 90, 160)
-    return page
-
-
 @pytest.fixture(scope="module")
 def best(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("run") / "best.pt"
-    checkpoint.save(path, checkpoint.weights(Config(model=tiny_config(), data=SMALL), CATEGORIES, model()))
+    ours.save(path, ours.weights(Config(model=tiny_config(), data=SMALL), CATEGORIES, model()))
     return path
 
 
@@ -51,48 +41,6 @@ def script(best: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         return status, json.loads((tmp_path / "out" / "predictions.json").read_text())
 
     return run
-
-
-# From Python
-
-
-def test_a_page_is_prepared_as_in_evaluation() -> None:
-    page = drawn_page()
-    found = predict_page(model(), page, SMALL, threshold=0.0)
-    images, sizes = pad([resize(page, fit((120, 90), 64, 96))], 32)
-    with torch.no_grad():
-        expected = detect(model()(images, sizes), [(120, 90)])[0]
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
-def test_only_what_reaches_the_threshold_is_given_the_best_first() -> None:
-    everything = predict_page(model(), drawn_page(), SMALL, threshold=0.0)
-    assert len(everything.scores) == 24  # 8 queries, 3 classes
-    assert everything.scores.tolist() == sorted(everything.scores.tolist(), reverse=True)
-    threshold = float(everything.scores[9])
-    some = predict_page(model(), drawn_page(), SMALL, threshold)
-    assert torch.equal(some.scores, everything.scores[:10])
-    assert torch.equal(some.boxes, everything.boxes[:10])
-
-
-def test_deduplication_leaves_no_two_boxes_in_one_place_whatever_their_classes() -> None:
-    everything = predict_page(model(), drawn_page(), SMALL, threshold=0.0)
-    found = predict_page(model(), drawn_page(), SMALL, threshold=0.0, dedupe=0.5)
-    assert 0 < len(found.boxes) <= 8  # each query says the same box under three names
-    assert torch.equal(found.boxes[0], everything.boxes[0])
-    assert (box_iou(found.boxes, found.boxes) - torch.eye(len(found.boxes))).max() <= 0.5
-
-
-def test_a_model_that_says_nan_is_an_error() -> None:
-    broken = model()
-    with torch.no_grad():
-        broken.mean.fill_(torch.nan)
-    with pytest.raises(FloatingPointError, match="not finite"):
-        predict_page(broken, drawn_page(), SMALL)
-
-
-# The script
 
 
 def test_the_json_says_what_is_where_in_pixels_of_the_image(script: Any, tmp_path: Path) -> None:
@@ -204,31 +152,3 @@ def test_a_share_outside_0_to_1_is_a_mistake(
 
 
 # Pictures
-
-
-def test_boxes_are_drawn_in_the_colour_of_their_class_and_the_page_stays_as_it_is() -> None:
-    page = np.full((200, 150, 3), 255, np.uint8)
-    boxes = np.array([[10.0, 20.0, 90.0, 80.0], [30.0, 100.0, 140.0, 190.0]])
-    drawn = draw(page, np.array([0, 2]), boxes, ["text", "table", "figure"], np.array([0.9, 0.4]))
-    assert (page == 255).all()
-    assert drawn[80, 50].tolist() == list(colour(0))
-    assert drawn[150, 30].tolist() == list(colour(2))
-    assert (drawn[:18] == 255).all()
-
-
-def test_a_page_without_boxes_is_drawn_as_it_is() -> None:
-    page = drawn_page()
-    assert (draw(page, np.zeros(0, np.int64), np.zeros((0, 4)), ["text"]) == page).all()
-
-
-def test_the_classes_of_a_large_data_set_have_different_dark_colours() -> None:
-    colours = [colour(label) for label in range(20)]
-    assert len(set(colours)) == 20
-    assert max(np.mean(c) for c in colours) < 128
-
-
-def test_pages_of_different_sizes_lie_side_by_side() -> None:
-    drawn = grid([np.full((20, 30, 3), 10, np.uint8), np.full((40, 10, 3), 20, np.uint8)], columns=2)
-    assert drawn.shape == (40 + 2 * 8, 2 * 30 + 3 * 8, 3)
-    assert (drawn[8:28, 8:38] == 10).all()
-    assert (drawn[8:48, 46:56] == 20).all()

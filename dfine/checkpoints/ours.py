@@ -1,0 +1,159 @@
+"""Saving and loading: written beside and renamed, loaded with `weights_only=True`.
+
+`last.pt` holds everything a run needs to go on, `previous.pt` is the `last.pt` before it, `best.pt` holds the averaged
+(EMA) weights alone. Both kinds carry the config and the categories, so a checkpoint explains itself.
+"""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dfine import config as configs
+from dfine.checkpoints import original
+from dfine.config import Config, ConfigError
+from dfine.model.detector import DFine, class_dependent
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file."""
+
+
+def save(path: Path, content: dict[str, Any], keep: Path | None = None) -> None:
+    """Writes beside the file and renames, so that the file is whole whenever it is there.
+
+    Args:
+        keep: where the file that stood there before goes.
+    Raises:
+        CheckpointError: the disk is full or not writable; what was there before stays.
+    """
+    beside = path.with_name(f"{path.name}.writing")
+    try:
+        with beside.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            path.replace(keep)
+        beside.replace(path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        beside.unlink(missing_ok=True)
+        raise CheckpointError(f"{path}: cannot save ({error}); the checkpoint before it is intact") from error
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Loads a file of tensors and plain values on the CPU.
+
+    Raises:
+        CheckpointError: missing, truncated or not a checkpoint.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such checkpoint") from error
+    except pickle.UnpicklingError as error:  # torch would advise to load without `weights_only`
+        raise CheckpointError(f"{path}: not a checkpoint of tensors and plain values") from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: truncated or not a checkpoint ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: not a checkpoint: holds a {type(content).__name__}")
+    return content
+
+
+def weights(config: Config, categories: list[dict[str, Any]], ema: nn.Module) -> dict[str, Any]:
+    """What a checkpoint for use holds: averaged weights, config and categories. It does not say who taught them."""
+    settings = configs.to_dict(config)
+    del settings["distill"]
+    return {"config": settings, "categories": categories, "ema": ema.state_dict()}
+
+
+def load_model(path: str | Path) -> tuple[DFine, Config, list[dict[str, Any]]]:
+    """The averaged model of a checkpoint in evaluation mode, its config and its categories.
+
+    Raises:
+        CheckpointError: not a checkpoint of ours. ConfigError: its config is of another version.
+    """
+    content = read(path)
+    missing = {"config", "categories", "ema"} - content.keys()
+    if missing:
+        raise CheckpointError(f"{path}: not a checkpoint of this project: lacks {', '.join(sorted(missing))}")
+    config = configs.from_dict(content["config"])
+    # The weights come from the checkpoint: timm must not look for its own.
+    built = configs.override(config, ["model.backbone.pretrained=false", "model.backbone.weights="])
+    model = DFine(built.model, len(content["categories"]))
+    wrong = misfit(model, content["ema"])
+    if wrong:
+        raise CheckpointError(f"{path}: does not fit the model of its own config at {wrong}")
+    model.load_state_dict(content["ema"])
+    return model.eval(), config, content["categories"]
+
+
+def load_teacher(config: Config, source: str, categories: list[dict[str, Any]]) -> DFine:
+    """The frozen model of `distill.teacher`, in evaluation mode; everything about it comes from its checkpoint.
+
+    Args:
+        config: the student's. source: the file it was read from, for messages. categories: of the student's pages.
+    Raises:
+        ConfigError: no teacher is named, or its strides or class names are not the student's; names both files.
+        CheckpointError: see `load_model`.
+    """
+    path = config.distill.teacher
+    if not path:
+        raise ConfigError(f"{source}: distill.teacher: name a checkpoint (to train without a teacher, use train.py)")
+    teacher, theirs, their_categories = load_model(path)
+    if theirs.model.strides != config.model.strides:
+        raise ConfigError(
+            f"distill.teacher: {path} has the strides {list(theirs.model.strides)}, the student of {source} has "
+            f"{list(config.model.strides)}: the teacher's queries are cells of its maps, so both need the same"
+        )
+    names, their_names = [c["name"] for c in categories], [c["name"] for c in their_categories]
+    if their_names != names:
+        pages = config.data.train.annotations or "the drawn pages"
+        raise ConfigError(
+            f"distill.teacher: {path} knows the classes {', '.join(their_names)}; {pages} (data.train of {source}) has "
+            f"{', '.join(names)}: both need the same in the same order"
+        )
+    return teacher.requires_grad_(False)
+
+
+def initialise(model: DFine, path: str, categories: list[dict[str, Any]]) -> str:
+    """Loads the weights of another run, or of the original implementation, into a new model.
+
+    Where the classes differ, class heads and denoising embedding start anew; anything else must fit.
+
+    Returns:
+        What was loaded and what starts anew, for people.
+    Raises:
+        CheckpointError: not a checkpoint, or it does not fit; names what does not.
+    """
+    content = read(path)
+    if original.is_official(content):
+        try:
+            state, anew = original.convert(content, model)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        source = "the original implementation"
+    else:
+        if "ema" not in content or "categories" not in content:
+            raise CheckpointError(f"{path}: not a checkpoint of this project")
+        state, theirs = content["ema"], [c["name"] for c in content["categories"]]
+        anew = [] if theirs == [c["name"] for c in categories] else class_dependent(model)
+        source = f"classes {', '.join(theirs)}"
+    state = {name: value for name, value in state.items() if name not in anew}
+    wrong = misfit(model, state, anew)
+    if wrong:
+        raise CheckpointError(f"{path}: does not fit this config's model at {wrong}")
+    model.load_state_dict(state, strict=False)
+    fresh = f"; start anew: {', '.join(anew)}" if anew else ""
+    return f"{path} ({source}): loaded {len(state)} of {len(model.state_dict())} tensors{fresh}"
+
+
+def misfit(model: nn.Module, state: dict[str, Tensor], anew: list[str] | None = None) -> str:
+    """Which tensors of a state do not fit the model, for people; empty if all fit. `anew` may be missing."""
+    own = model.state_dict()
+    wrong = sorted((own.keys() ^ state.keys()) - set(anew or []))
+    wrong += sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
+    return f"{', '.join(wrong[:5])} ({len(wrong)} in all)" if wrong else ""

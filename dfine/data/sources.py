@@ -1,0 +1,194 @@
+"""Where pages and their boxes come from: COCO-format folders, and the embedded drawn pages."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from dfine.config import ConfigError, PagesConfig
+from dfine.data.synthetic.pages import CATEGORIES, coco_dict, draw_page, page_size
+from dfine.data.transforms import PageError, read_page
+
+
+class Source(Protocol):
+    """Pages with boxes; the categories are in order of their ids, and labels count from 0 in that order."""
+
+    categories: list[dict[str, Any]]  # id and name
+    sizes: list[tuple[int, int]]  # height, width of each page in pixels
+    ids: list[int]  # image ids
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Page (H, W, 3) uint8, labels (T,) int64, boxes (T, 4) float64 xyxy pixels."""
+        ...
+
+    def ground_truth(self) -> dict[str, Any]:
+        """The truth as a COCO dictionary, for evaluation."""
+        ...
+
+    def summary(self) -> str:
+        """Pages and boxes, for people."""
+        ...
+
+
+class CocoPages:
+    """A COCO json and a folder of images, such as PubLayNet and DocLayNet.
+
+    Boxes are clipped to the page, what is empty then is dropped (`dropped` counts them), crowd boxes count only in
+    evaluation. Pages without boxes stay.
+
+    Raises:
+        PageError: the json or an image is missing, or the json is not COCO; names the file and what is wrong.
+    """
+
+    def __init__(self, images: str | Path, annotations: str | Path) -> None:
+        self.images, self.annotations = Path(images), Path(annotations)
+        coco = read_coco(self.annotations)
+        self.categories = sorted(
+            ({"id": c["id"], "name": c["name"]} for c in coco["categories"]), key=lambda category: category["id"]
+        )
+        labels = {category["id"]: label for label, category in enumerate(self.categories)}
+        pages = coco["images"]
+        self.ids = [page["id"] for page in pages]
+        self.sizes = [(page["height"], page["width"]) for page in pages]
+        self.files = [page["file_name"] for page in pages]
+        missing = [file for file in self.files if not (self.images / file).is_file()]
+        if missing:
+            names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+            raise PageError(f"{self.images}: {len(missing)} of {len(pages)} images of {annotations} missing: {names}")
+
+        index = {image_id: i for i, image_id in enumerate(self.ids)}
+        things = [a for a in coco["annotations"] if not a.get("iscrowd", 0)]
+        page = np.array([index[a["image_id"]] for a in things], dtype=np.int64)
+        xywh = np.array([a["bbox"] for a in things], dtype=np.float64).reshape(-1, 4)
+        limit = np.array(self.sizes, dtype=np.float64).reshape(-1, 2)[page][:, [1, 0, 1, 0]]
+        xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1).clip(0, limit)
+        kept = np.flatnonzero((xyxy[:, 2:] > xyxy[:, :2]).all(1))
+        self.dropped = len(things) - len(kept)
+        kept = kept[np.argsort(page[kept], kind="stable")]
+        # Flat arrays, not lists of objects: worker processes share them without copying.
+        self.boxes = xyxy[kept]
+        self.labels = np.array([labels[things[i]["category_id"]] for i in kept], dtype=np.int64)
+        self.first = np.searchsorted(page[kept], np.arange(len(pages) + 1))
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        own = slice(self.first[index], self.first[index + 1])
+        return read_page(self.images / self.files[index], self.sizes[index]), self.labels[own], self.boxes[own]
+
+    def ground_truth(self) -> dict[str, Any]:
+        return read_coco(self.annotations)
+
+    def summary(self) -> str:
+        boxes, pages = np.diff(self.first), len(self.ids)
+        text = f"{pages} pages of {self.annotations}, {len(self.boxes)} boxes"
+        text += f" ({boxes.mean():.1f} a page, at most {boxes.max()})"
+        if len(self.boxes):
+            width, height = np.median(self.boxes[:, 2:] - self.boxes[:, :2], axis=0)
+            text += f", median {width:.0f}x{height:.0f} pixels"
+        return f"{text}; {(boxes == 0).sum()} pages without boxes, {self.dropped} empty boxes dropped"
+
+
+class SyntheticPages:
+    """Drawn pages of `dfine.synthetic`; page i is the same as in a folder written with the same seed."""
+
+    def __init__(self, pages: int, seed: int) -> None:
+        self.seed = seed
+        self.truth: dict[str, Any] = {}
+        self.categories = [{"id": c["id"], "name": c["name"]} for c in CATEGORIES]
+        self.ids = list(range(pages))
+        self.sizes = [page_size(seed, i)[::-1] for i in range(pages)]
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        page, labels, xywh = draw_page(self.seed, index)
+        return page, labels, np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+
+    def ground_truth(self) -> dict[str, Any]:
+        if not self.truth:  # drawing takes a moment: once, at the first evaluation
+            self.truth = coco_dict(self.seed, len(self.ids))
+        return self.truth
+
+    def summary(self) -> str:
+        return f"{len(self.ids)} drawn pages of seed {self.seed}"
+
+
+def read_coco(path: Path) -> dict[str, Any]:
+    """Reads and checks a COCO json; annotations are numbered anew from 1 and get what pycocotools needs.
+
+    Raises:
+        PageError: names the file, the entry and what is wrong with it.
+    """
+    try:
+        coco = json.loads(path.read_text(encoding="utf-8"), object_hook=_without_outline)
+    except OSError as error:
+        raise PageError(f"{path}: cannot read the annotations ({error.strerror})") from error
+    except ValueError as error:
+        raise PageError(f"{path}: not JSON: {error}") from error
+    if not isinstance(coco, dict) or not all(
+        isinstance(coco.get(k), list) for k in ("images", "annotations", "categories")
+    ):
+        raise PageError(f"{path}: not COCO: needs the lists images, annotations and categories")
+    for key in ("images", "categories"):
+        if not coco[key]:
+            raise PageError(f"{path}: holds no {key}")
+    pages = _by_id(path, coco["images"], "images", {"id": int, "file_name": str, "width": int, "height": int})
+    categories = _by_id(path, coco["categories"], "categories", {"id": int, "name": str})
+    for number, page in enumerate(coco["images"]):
+        for side in ("width", "height"):
+            if page[side] < 1:
+                raise PageError(f"{path}: images[{number}]: {side} must be 1 or more, found {page[side]}")
+    for number, annotation in enumerate(coco["annotations"]):
+        where = f"{path}: annotations[{number}]"
+        _check(where, annotation, {"image_id": int, "category_id": int, "bbox": list})
+        if annotation["image_id"] not in pages:
+            raise PageError(f"{where}: no image has id {annotation['image_id']}")
+        if annotation["category_id"] not in categories:
+            raise PageError(f"{where}: no category has id {annotation['category_id']}")
+        box = annotation["bbox"]
+        if len(box) != 4 or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in box):
+            raise PageError(f"{where}: bbox must be four numbers x, y, width, height, found {box}")
+        annotation["id"] = number + 1  # pycocotools takes a match with annotation 0 for none
+        annotation.setdefault("iscrowd", 0)
+        annotation.setdefault("area", box[2] * box[3])
+    return coco
+
+
+def _without_outline(entry: dict[str, Any]) -> dict[str, Any]:
+    """Outlines are most of a large json's memory, and nobody reads them."""
+    entry.pop("segmentation", None)
+    return entry
+
+
+def _by_id(path: Path, entries: list[Any], kind: str, fields: dict[str, type]) -> set[int]:
+    seen: set[int] = set()
+    for number, entry in enumerate(entries):
+        _check(f"{path}: {kind}[{number}]", entry, fields)
+        if entry["id"] in seen:
+            raise PageError(f"{path}: {kind}[{number}]: id {entry['id']} occurs twice")
+        seen.add(entry["id"])
+    return seen
+
+
+def _check(where: str, entry: Any, fields: dict[str, type]) -> None:
+    if not isinstance(entry, dict):
+        raise PageError(f"{where}: expected an object, found {entry!r}")
+    for key, kind in fields.items():
+        if not isinstance(entry.get(key), kind):
+            raise PageError(f"{where}: {key} must be {kind.__name__}, found {entry.get(key)!r}")
+
+
+def open_source(pages: PagesConfig, key: str) -> Source:
+    """The pages that `data.train` or `data.val` (the key) names.
+
+    Raises:
+        ConfigError: it names none. PageError: see `CocoPages`.
+    """
+    if pages.annotations:
+        if not pages.images:
+            raise ConfigError(f"{key}.images: name the folder with the images of {pages.annotations}")
+        return CocoPages(pages.images, pages.annotations)
+    if pages.images:
+        raise ConfigError(f"{key}.annotations: name the COCO json of {pages.images}")
+    if pages.synthetic < 1:
+        raise ConfigError(f"{key}: name images and annotations (or a number of synthetic pages)")
+    return SyntheticPages(pages.synthetic, pages.synthetic_seed)

@@ -1,0 +1,1 @@
+"""Drawn pages with exact boxes."""

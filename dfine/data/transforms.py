@@ -1,0 +1,192 @@
+"""From a file to the pixels a model sees: reading, resizing, augmenting, padding. The same in training and use."""
+
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from dfine.config import AugmentConfig
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for its newest version
+import albumentations as A
+
+cv2.setNumThreads(0)  # loader processes are the parallelism; OpenCV's own threads only fight with them
+
+WHITE = (255, 255, 255)
+
+
+class PageError(ValueError):
+    """A page that cannot be used; the message names the file."""
+
+
+def read_page(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Reads an image as it should look on white paper.
+
+    16 bits become 8, transparency is laid on white, CMYK and greyscale become RGB, and the EXIF rotation is applied:
+    always without `size`, else only where it makes the image fit.
+
+    Args:
+        size: height, width that the image must have.
+    Returns:
+        (H, W, 3) uint8 RGB
+    Raises:
+        PageError: unreadable, truncated, or of another size.
+    """
+    try:
+        with Image.open(path) as image:
+            turn = size is None or (image.height, image.width) != size
+            page = as_page(image, turn)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of these are Pillow's
+        raise PageError(f"{path}: cannot read the image: {error}") from error
+    if size is not None and page.shape[:2] != size:
+        found = f"{page.shape[1]}x{page.shape[0]}"
+        raise PageError(f"{path}: the image is {found} pixels, the annotations say {size[1]}x{size[0]}")
+    return page
+
+
+def as_page(image: Image.Image, turn: bool = True) -> np.ndarray:
+    """An image as it should look on white paper, (H, W, 3) uint8 RGB; `turn`: after its EXIF rotation."""
+    return np.array(_on_white(ImageOps.exif_transpose(image) if turn else image))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits, or what Pillow makes of them
+        pixels = np.asarray(image).astype(np.int64)
+        eight_bits = (pixels >> 8 if pixels.max() > 255 else pixels).clip(0, 255).astype(np.uint8)
+        return Image.fromarray(eight_bits).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def fit(size: tuple[int, int], short_edge: int, long_edge: int) -> tuple[int, int]:
+    """The size of a page scaled so that its short edge is `short_edge`, or its long edge `long_edge` if that is less.
+
+    Args:
+        size: height, width.
+    """
+    scale = min(short_edge / min(size), long_edge / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def canvas_of(sizes: list[tuple[int, int]], stride: int) -> tuple[int, int]:
+    """The smallest height, width that holds all pages and is a multiple of the stride."""
+    height, width = (max(size[side] for size in sizes) for side in (0, 1))
+    return math.ceil(height / stride) * stride, math.ceil(width / stride) * stride
+
+
+def resize(page: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) -> (height, width, 3); area averaging when it shrinks, so that thin strokes stay grey."""
+    if page.shape[:2] == size:
+        return page
+    shrinks = size[0] < page.shape[0]
+    return cv2.resize(page, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+def pad(pages: list[np.ndarray], stride: int) -> tuple[Tensor, Tensor]:
+    """Lays pages (h, w, 3) of any size on the smallest common canvas, each in the upper left corner.
+
+    Returns:
+        images (B, 3, H, W) uint8, and sizes (B, 2) int64: h, w of each page
+    """
+    sizes = [page.shape[:2] for page in pages]
+    images = torch.zeros(len(pages), 3, *canvas_of(sizes, stride), dtype=torch.uint8)
+    for image, page in zip(images, pages, strict=True):
+        image[:, : page.shape[0], : page.shape[1]] = torch.from_numpy(page).permute(2, 0, 1)
+    return images, torch.tensor(sizes)
+
+
+class Elastic(A.ElasticTransform):
+    """Albumentations' elastic transform on a coarse grid, with points that are followed to a fraction of a pixel.
+
+    Args:
+        alpha, sigma: as albumentations has them, in pixels. Drawing the field at every pixel takes ten times as long
+            and gives the same one: it is smooth over `sigma` pixels.
+    """
+
+    CELL = 4  # pixels
+
+    def __init__(self, alpha: float, sigma: float, **more: Any) -> None:
+        super().__init__(alpha / self.CELL, sigma / self.CELL, **more)  # the noise's mean over sigma^2 cells is larger
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        height, width = params["shape"][:2]
+        # Smoothed noise is wild at the border of its field: cut the page's out of a larger one.
+        margin = math.ceil(3 * self.sigma)
+        rows, columns = math.ceil(height / self.CELL), math.ceil(width / self.CELL)
+        maps = super().get_params_dependent_on_data({"shape": (rows + 2 * margin, columns + 2 * margin)}, data)
+        field = np.stack([maps["map_x"], maps["map_y"]], axis=-1)[margin:-margin, margin:-margin] - margin
+        field = field - np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1)  # (rows, columns, 2) pixels
+        field = cv2.resize(field.astype(np.float32), (columns * self.CELL, rows * self.CELL))[:height, :width]
+        x, y = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)
+        return {"map_x": field[..., 0] + x, "map_y": field[..., 1] + y[:, None]}
+
+    def apply_to_keypoints(
+        self, keypoints: np.ndarray, map_x: np.ndarray, map_y: np.ndarray, **params: Any
+    ) -> np.ndarray:
+        start = keypoints[:, :2]
+        moved = start.copy()
+        for _ in range(4):  # the maps say where an output pixel came from; solve for where a point goes
+            column = moved[:, 0].round().astype(int).clip(0, map_x.shape[1] - 1)
+            row = moved[:, 1].round().astype(int).clip(0, map_x.shape[0] - 1)
+            moved = start - np.stack([map_x[row, column] - column, map_y[row, column] - row], axis=-1)
+        return np.concatenate([moved, keypoints[:, 2:]], axis=-1)
+
+
+def augmentation(config: AugmentConfig) -> A.Compose:
+    """What may happen to a training page, in the order in which paper, camera and file format would do it."""
+    limit = config.brightness_contrast_limit
+    steps = [
+        Elastic(
+            alpha=config.elastic_alpha,
+            sigma=config.elastic_sigma,
+            noise_distribution="uniform",
+            border_mode=cv2.BORDER_CONSTANT,
+            fill=WHITE,
+            p=config.elastic_p,
+        ),
+        A.Perspective(scale=(0, config.perspective_scale), fit_output=True, fill=WHITE, p=config.perspective_p),
+        A.SafeRotate(limit=config.rotation_degrees, fill=WHITE, p=config.rotation_p),  # safe: shrinks, crops nothing
+        A.RandomBrightnessContrast(brightness_limit=limit, contrast_limit=limit, p=config.brightness_contrast_p),
+        A.GaussianBlur(blur_limit=0, sigma_limit=(0.3, 1.0), p=config.blur_p),
+        A.GaussNoise(std_range=(0.01, 0.05), per_channel=False, p=config.noise_p),
+        A.ImageCompression(quality_range=(40, 90), p=config.compression_p),
+    ]
+    points = A.KeypointParams("xy", remove_invisible=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns where everything that moves points is off
+        return A.Compose([step for step in steps if step.p > 0], keypoint_params=points)
+
+
+def augment(
+    augmentation: A.Compose, page: np.ndarray, labels: np.ndarray, boxes: np.ndarray, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Applies an augmentation as the seed decides.
+
+    Boxes are drawn anew around where their edges went: a box around the box around a rotated box would be loose.
+
+    Args:
+        page: (H, W, 3) uint8. labels: (T,). boxes: (T, 4) xyxy pixels.
+    Returns:
+        page, labels, boxes of the same form; boxes that left the page are dropped.
+    """
+    augmentation.set_random_seed(seed)
+    t = np.linspace(0, 1, 8)  # along each edge
+    x = np.concatenate([t, t, np.zeros_like(t), np.ones_like(t)])  # upper and lower edge, then left and right
+    y = np.concatenate([x[16:], t, t])
+    low, high = boxes[:, None, :2], boxes[:, None, 2:]  # (T, 1, 2)
+    points = low + np.stack([x, y], axis=-1) * (high - low) - 0.5  # (T, 32, 2); 0 is the centre of the first pixel
+    result = augmentation(image=page, keypoints=points.reshape(-1, 2))
+    page = result["image"]
+    points = np.asarray(result["keypoints"], dtype=np.float64).reshape(points.shape) + 0.5
+    boxes = np.concatenate([points.min(1), points.max(1)], axis=-1).clip(0, np.tile(page.shape[1::-1], 2))
+    kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    return page, labels[kept], boxes[kept]

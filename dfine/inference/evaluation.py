@@ -1,0 +1,169 @@
+"""COCO metrics of a model: what it finds on pages, and what pycocotools says to that."""
+
+import contextlib
+import io
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch.utils.data import DataLoader
+from torchvision.ops import box_convert
+from tqdm import tqdm
+
+from dfine import distributed
+from dfine.data.sources import Source
+from dfine.model.detector import DFine, detect
+from dfine.structures import Batch, Detections
+
+# COCO's twelve numbers, in the order of `COCOeval.stats`: over IoU .50 to .95 and at most 100 boxes a page unless the
+# name says otherwise; s, m, l are boxes of up to 32^2, up to 96^2 and more square pixels of the original page.
+OFFICIAL = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+MAX_DETECTIONS = [1, 10, 100, 300]  # a page: COCO's three, and as many as `detect` gives
+
+
+class Stopped(Exception):
+    """An evaluation was given up because a process was told to stop; raised in every process."""
+
+
+def evaluate(
+    model: DFine,
+    batches: DataLoader[Batch],
+    pages: Source,
+    bf16: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """The metrics of `coco_metrics`, in every process; all must call it. Leaves the model in evaluation mode."""
+    detections = find(model, batches, pages, bf16, stop)
+    metrics = coco_metrics(pages.ground_truth(), detections) if distributed.is_main() else None
+    return distributed.gather(metrics)[0]
+
+
+@torch.inference_mode()
+def find(
+    model: DFine,
+    batches: DataLoader[Batch],
+    pages: Source,
+    bf16: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> list[dict[str, Any]]:
+    """COCO results of all processes' pages: up to 300 a page, pages in the order of the json, the best first.
+
+    Leaves the model in evaluation mode: it is the averaged one, which never trains.
+
+    Args:
+        batches: this process's share of the pages. bf16: autocast, on a GPU. stop: asked before each batch.
+    Returns:
+        On the main process image_id, category_id (the json's), bbox (xywh in pixels of the original image) and score;
+        an empty list on the others.
+    Raises:
+        FloatingPointError: a score or a box is not finite; names the image id.
+        Stopped: a process was told to stop (others that were not told finish their batches first).
+    """
+    model.eval()
+    device = model.mean.device
+    share: dict[int, Detections] = {}
+    for batch in tqdm(batches, "evaluation", unit="batch", leave=False, disable=not distributed.is_main()):
+        if stop():
+            break
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type == "cuda"):
+            output = model(batch.images.to(device), batch.sizes.to(device))
+        found = detect(output, [target.size for target in batch.targets])
+        for target, page in zip(batch.targets, found, strict=True):
+            share[target.image_id] = finite_on_cpu(page, f"image {target.image_id}")
+    everywhere: dict[int, Detections] = {}
+    for part in distributed.gather(None if stop() else share):
+        if part is None:
+            raise Stopped
+        everywhere |= part
+    if not distributed.is_main():
+        return []
+    category_ids = [category["id"] for category in pages.categories]
+    return [result for image_id in pages.ids for result in coco_results(image_id, everywhere[image_id], category_ids)]
+
+
+def finite_on_cpu(found: Detections, page: str) -> Detections:
+    """Brings detections to the CPU.
+
+    Raises:
+        FloatingPointError: a score or a box is not finite; names the page.
+    """
+    found = Detections(*(x.cpu().clone() for x in found))  # no view: that would keep and send the whole batch
+    if not (found.scores.isfinite().all() and found.boxes.isfinite().all()):
+        raise FloatingPointError(f"{page}: a detection is not finite")
+    return found
+
+
+def coco_results(image_id: int, found: Detections, category_ids: list[int]) -> list[dict[str, Any]]:
+    """Detections of one page as COCO results: bbox in pixels to three decimals, scores to six."""
+    xywh = box_convert(found.boxes.double(), "xyxy", "xywh").tolist()
+    return [
+        {
+            "image_id": image_id,
+            "category_id": category_ids[label],
+            "bbox": [round(x, 3) for x in box],
+            "score": round(score, 6),
+        }
+        for label, box, score in zip(found.labels.tolist(), xywh, found.scores.tolist(), strict=True)
+    ]
+
+
+def coco_metrics(ground_truth: dict[str, Any], detections: list[dict[str, Any]]) -> dict[str, Any]:
+    """The metrics of pycocotools, as fractions of 1; None where there is no truth to measure against.
+
+    Args:
+        ground_truth: a COCO dictionary; annotation ids must not be 0 (see `read_coco`).
+        detections: COCO results; may be empty.
+    Returns:
+        COCO's twelve numbers by the names in `OFFICIAL`; `AP_300`, the AP with up to 300 boxes a page; and `per_class`,
+        AP and AP50 by class name.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
+        truth = COCO()
+        truth.dataset = ground_truth
+        truth.createIndex()
+        # loadRes fails on an empty list, writes into the dictionaries it gets, and gives outlines to those without.
+        found = (
+            truth.loadRes([detection | {"segmentation": None} for detection in detections]) if detections else COCO()
+        )
+        result = COCOeval(truth, found, "bbox")
+        result.params.maxDets = MAX_DETECTIONS
+        result.evaluate()
+        result.accumulate()
+        result.summarize()
+    precision = result.eval["precision"][:, :, :, 0]  # (IoU thresholds, recalls, classes, MAX_DETECTIONS), any area
+    official, most = MAX_DETECTIONS.index(100), MAX_DETECTIONS.index(300)
+    metrics: dict[str, Any] = {name: _mean(value) for name, value in zip(OFFICIAL, result.stats, strict=True)}
+    metrics["AP_300"] = _mean(precision[..., most])
+    metrics["per_class"] = {
+        category["name"]: {"AP": _mean(precision[:, :, i, official]), "AP50": _mean(precision[0, :, i, official])}
+        for i, category in enumerate(truth.loadCats(result.params.catIds))
+    }
+    return metrics
+
+
+def _mean(values: np.ndarray) -> float | None:
+    """The mean of what is known: -1 stands for no truth."""
+    known = values[values > -1]
+    return float(known.mean()) if known.size else None
+
+
+def table(metrics: dict[str, Any]) -> str:
+    """The metrics as plain text: all classes in a few lines, then a line a class."""
+    numbers = {name: value for name, value in metrics.items() if name != "per_class"}
+    width = max(len(name) for name in (*metrics["per_class"], "class"))
+    return "\n".join(
+        [
+            "".join(f"{name:>7}" for name in numbers),
+            "".join(map(_cell, numbers.values())),
+            "",
+            f"{'class':{width}}     AP   AP50",
+            *(f"{name:{width}}{_cell(m['AP'])}{_cell(m['AP50'])}" for name, m in metrics["per_class"].items()),
+        ]
+    )
+
+
+def _cell(value: float | None) -> str:
+    return f"{'-' if value is None else f'{value:.3f}':>7}"

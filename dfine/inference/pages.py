@@ -1,0 +1,160 @@
+"""A page in, detections out: `dfine.load` gives a `Detector`; below it are functions of a model and arrays."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.ops import nms
+
+from dfine.checkpoints.ours import load_model
+from dfine.config import DataConfig
+from dfine.data.sources import Source
+from dfine.data.transforms import PageError, as_page, fit, pad, read_page, resize
+from dfine.inference.evaluation import finite_on_cpu
+from dfine.inference.pictures import draw, grid
+from dfine.model.detector import DFine, detect
+from dfine.structures import Detections
+
+Page = str | Path | Image.Image | np.ndarray
+
+
+class Found(NamedTuple):
+    """What is found on one page, the best first."""
+
+    labels: list[str]  # K class names
+    scores: np.ndarray  # (K,) from 0 to 1
+    boxes: np.ndarray  # (K, 4) xyxy in pixels of the page as one sees it, that is after its EXIF rotation
+    classes: np.ndarray  # (K,) int64, places in `Detector.categories`
+
+
+class Detector:
+    """A trained model, ready for use: `detector(pages)`.
+
+    Attributes:
+        model: in evaluation mode, deployed.
+        data: how the model's pages are sized.
+        categories: `id` and `name` of each class, as in the COCO json that the model was trained on.
+    """
+
+    def __init__(self, model: DFine, data: DataConfig, categories: list[dict[str, Any]]) -> None:
+        self.model, self.data, self.categories = model, data, categories
+
+    @overload  # a string is one page, although it is iterable
+    def __call__(  # type: ignore[overload-overlap]
+        self, pages: Page, threshold: float = ..., dedupe: float = ..., batch_size: int = ...
+    ) -> Found: ...
+
+    @overload
+    def __call__(
+        self, pages: Iterable[Page], threshold: float = ..., dedupe: float = ..., batch_size: int = ...
+    ) -> list[Found]: ...
+
+    def __call__(
+        self, pages: Page | Iterable[Page], threshold: float = 0.3, dedupe: float = 1.0, batch_size: int = 8
+    ) -> Found | list[Found]:
+        """Finds the layout of one page or of many.
+
+        Args:
+            pages: one page or several: paths of images, PIL images or (H, W, 3) uint8 RGB arrays.
+            threshold: the least score, from 0 to 1.
+            dedupe: of boxes that overlap with more than this IoU only the best stays, whatever their classes; 1: all.
+            batch_size: pages that go through the model together.
+        Returns:
+            For one page what is found on it; for several a list, in their order.
+        Raises:
+            PageError: a page cannot be read, or is no page; names the file, or the page's place.
+            FloatingPointError: a score or a box is not finite.
+        """
+        if isinstance(pages, Page):
+            return self([pages], threshold, dedupe, batch_size)[0]
+        found, batch = [], []
+        waiting = list(pages)
+        for place, page in enumerate(waiting):
+            batch.append(as_array(page, place))
+            if len(batch) == batch_size or place + 1 == len(waiting):
+                found += predict_pages(self.model, batch, self.data, threshold, dedupe)
+                batch = []
+        return [self._named(page) for page in found]
+
+    def _named(self, found: Detections) -> Found:
+        classes = found.labels.numpy()
+        names = [self.categories[label]["name"] for label in classes]
+        return Found(names, found.scores.double().numpy(), found.boxes.double().numpy(), classes)
+
+
+def load(checkpoint: str | Path, device: str | torch.device | None = None, fast: bool = False) -> Detector:
+    """A detector from a checkpoint: `detector = dfine.load("runs/quickstart/best.pt")`.
+
+    Args:
+        checkpoint: best.pt or last.pt of a run.
+        device: such as "cuda"; None: a GPU if there is one.
+        fast: half precision, and compiled on a GPU: for many pages (see `DFine.deploy`).
+    Raises:
+        CheckpointError: not a checkpoint. ConfigError: its config is of another version.
+    """
+    model, config, categories = load_model(checkpoint)
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Detector(model.deploy(fast), config.data, categories)
+
+
+def as_array(page: Page, place: int) -> np.ndarray:
+    """A page as (H, W, 3) uint8 RGB.
+
+    Args:
+        place: of the page among others, for messages.
+    Raises:
+        PageError: it cannot be read, or the array has another shape or type.
+    """
+    if isinstance(page, str | Path):
+        return read_page(page)
+    if isinstance(page, Image.Image):
+        return as_page(page)
+    if not isinstance(page, np.ndarray):
+        raise PageError(f"page {place}: expected a path, a PIL image or an array, found {type(page).__name__}")
+    if page.dtype != np.uint8 or page.ndim != 3 or page.shape[2] != 3 or page.size == 0:
+        raise PageError(f"page {place}: expected (H, W, 3) uint8 RGB, found {page.shape} {page.dtype}")
+    return page
+
+
+@torch.inference_mode()
+def predict_pages(
+    model: DFine, pages: list[np.ndarray], config: DataConfig, threshold: float = 0.3, dedupe: float = 1.0
+) -> list[Detections]:
+    """What the model finds on each page of a batch, prepared as in evaluation.
+
+    Args:
+        model: in evaluation mode. pages: (H, W, 3) uint8 RGB, of any sizes. threshold: the least score.
+        dedupe: of boxes that overlap with more than this IoU only the best stays, whatever their classes; 1: all stay.
+    Returns:
+        On the CPU, boxes in pixels of the page.
+    Raises:
+        FloatingPointError: a score or a box is not finite.
+    """
+    resized = [resize(page, fit(page.shape[:2], config.eval_short_edge, config.max_long_edge)) for page in pages]
+    images, sizes = pad(resized, model.strides[-1])
+    output = model(images.to(model.mean.device), sizes.to(model.mean.device))
+    batch = []
+    for found in detect(output, [page.shape[:2] for page in pages]):
+        found = finite_on_cpu(found, "the page")
+        found = Detections(*(x[found.scores >= threshold] for x in found))
+        batch.append(Detections(*(x[nms(found.boxes, found.scores, dedupe)] for x in found)))
+    return batch
+
+
+def predict_page(
+    model: DFine, page: np.ndarray, config: DataConfig, threshold: float = 0.3, dedupe: float = 1.0
+) -> Detections:
+    """`predict_pages` of one page."""
+    return predict_pages(model, [page], config, threshold, dedupe)[0]
+
+
+def beside_truth(model: DFine, pages: Source, index: int, config: DataConfig, threshold: float = 0.3) -> np.ndarray:
+    """A picture (H, W, 3) uint8 of a page of a data set: predictions on the left, truth on the right."""
+    page, labels, boxes = pages.read(index)
+    names = [category["name"] for category in pages.categories]
+    found = predict_page(model, page, config, threshold)
+    predicted = draw(page, found.labels.numpy(), found.boxes.numpy(), names, found.scores.numpy())
+    return grid([predicted, draw(page, labels, boxes, names)], columns=2)

@@ -1,0 +1,109 @@
+"""Any timm `features_only` model at the configured strides."""
+
+import difflib
+from typing import Any
+
+import timm
+from timm.layers import Format
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from dfine.config import BackboneConfig, ConfigError
+from dfine.model.depthwise import faster_depthwise
+
+
+class Backbone(nn.Module):
+    """Maps at the given strides; `channels`, `mean` and `std` are what timm says of the model.
+
+    Raises:
+        ConfigError: timm knows no such model, it lacks a stride, or its weights cannot be had.
+    """
+
+    def __init__(self, config: BackboneConfig, strides: tuple[int, ...]) -> None:
+        super().__init__()
+        body = _create(config)
+        reductions = body.feature_info.reduction()
+        missing = [stride for stride in strides if stride not in reductions]
+        if missing:
+            raise ConfigError(f"model.strides: {config.name} has strides {reductions}, but not {missing}")
+        self.indices = [reductions.index(stride) for stride in strides]
+        if self.indices[-1] + 1 < len(reductions):  # later stages would be parameters without a gradient
+            body = _create(config, out_indices=range(self.indices[-1] + 1))
+        if config.checkpointing:
+            if not hasattr(body, "set_grad_checkpointing"):
+                raise ConfigError(f"model.backbone.checkpointing: timm offers none for the maps of {config.name}")
+            body.set_grad_checkpointing()
+        faster_depthwise(body)
+        self.body = body
+        self.channels_behind = getattr(body, "output_fmt", Format.NCHW) == Format.NHWC
+        self.channels = [body.feature_info.channels()[i] for i in self.indices]
+        pretrained_cfg = timm.get_pretrained_cfg(config.name)
+        self.mean = tuple(pretrained_cfg.mean) if pretrained_cfg else (0.485, 0.456, 0.406)  # ImageNet's
+        self.std = tuple(pretrained_cfg.std) if pretrained_cfg else (0.229, 0.224, 0.225)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) normalised -> a (B, channels, H / stride, W / stride) map for each stride."""
+        maps = self.body(images)
+        maps = [maps[i] for i in self.indices]
+        return [x.permute(0, 3, 1, 2) for x in maps] if self.channels_behind else maps
+
+    def merge(self) -> None:
+        """Lets convolutions do what the batch norms right behind them do in evaluation mode.
+
+        Which those are is read off the traced graph. A backbone that cannot be traced keeps its batch norms.
+        """
+        try:
+            nodes = ConvNormTracer().trace(self.body).nodes
+        except (fx.proxy.TraceError, TypeError):  # its forward depends on what it is fed
+            return
+        for node in nodes:
+            source = node.args[0] if node.op == "call_module" else None
+            if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
+                continue
+            conv, norm = self.body.get_submodule(source.target), self.body.get_submodule(node.target)
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                self.body.set_submodule(source.target, fuse_conv_bn_eval(conv, norm))
+                # timm's batch norms may hold their activation.
+                self.body.set_submodule(node.target, getattr(norm, "act", nn.Identity()))
+
+
+class ConvNormTracer(fx.Tracer):
+    """Records convolutions and batch norms as calls, also those that timm derives from torch's."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (nn.Conv2d, nn.BatchNorm2d)) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _create(config: BackboneConfig, **kwargs: Any) -> Any:
+    if config.weights:
+        kwargs["pretrained_cfg_overlay"] = {"file": config.weights}
+    try:
+        return timm.create_model(config.name, pretrained=config.pretrained, features_only=True, **kwargs)
+    except Exception as error:
+        raise ConfigError(_advice(config, error)) from error
+
+
+def _advice(config: BackboneConfig, error: Exception) -> str:
+    """What to do about a backbone that timm would not make."""
+    architecture, _, tag = config.name.partition(".")
+    if not timm.is_model(config.name):
+        near = timm.list_models(f"*{architecture}*")[:5]
+        near = near or difflib.get_close_matches(architecture, timm.list_models(), n=5)
+        advice = f"; similar: {', '.join(near)}" if near else ""
+        return f"model.backbone.name: timm {timm.__version__} has no model {config.name!r}{advice}"
+    tagged = timm.list_pretrained(f"{architecture}.*")
+    if tag and config.name not in tagged:
+        return f"model.backbone.name: timm {timm.__version__} has no {config.name!r}; known: {', '.join(tagged)}"
+    if not config.pretrained:
+        return f"model.backbone.name: timm cannot make {config.name} with features_only: {error}"
+    if config.weights:
+        return f"model.backbone.weights: cannot load {config.weights} into {config.name}: {error!r}"
+    pretrained_cfg = timm.get_pretrained_cfg(config.name)
+    source = pretrained_cfg and (pretrained_cfg.hf_hub_id or pretrained_cfg.url)
+    if not source:
+        return f"model.backbone.pretrained: timm has no weights for {config.name}; set it to false"
+    return (
+        f"model.backbone.pretrained: cannot get the weights of {config.name} ({type(error).__name__}: {error}). "
+        f"Without network, fetch model.safetensors of {source} on the Hugging Face hub elsewhere and name the file "
+        "with model.backbone.weights=PATH, or train from random weights with model.backbone.pretrained=false"
+    )

@@ -1,0 +1,252 @@
+"""D-FINE: backbone, hybrid encoder, query selection, decoder."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfine.boxes import cxcywh_to_xyxy, full_precision, logit
+from dfine.config import ModelConfig
+from dfine.model.backbone import Backbone
+from dfine.model.decoder import Decoder, class_head
+from dfine.model.denoising import attention_mask
+from dfine.model.fdr import mlp, xavier, zero_last
+from dfine.model.hybrid_encoder import ConvNorm, HybridEncoder, RepVGG
+from dfine.structures import Denoising, Detections, DFineOutput, NoisedTruth, Prediction, Queries, Refinement
+
+
+class DFine(nn.Module):
+    """Pages in, boxes out.
+
+    Everything is computed in the frame of each page's own valid size, so that a page's answer does not depend on
+    how far its batch is padded (in training, up to convolutions that read padding).
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ModelConfig, classes: int) -> None:
+        super().__init__()
+        self.strides, self.classes = config.strides, classes
+        dim, encoder_dim = config.hidden_dim, config.encoder.hidden_dim or config.hidden_dim
+        self.backbone = Backbone(config.backbone, config.strides)
+        self.encoder = HybridEncoder(
+            self.backbone.channels,
+            encoder_dim,
+            config.encoder.heads,
+            config.encoder.feedforward_dim,
+            config.encoder.depth_mult,
+            config.encoder.expansion,
+        )
+        self.projections = nn.ModuleList(
+            xavier(ConvNorm(encoder_dim, dim, 1)) if encoder_dim != dim else nn.Identity() for _ in config.strides
+        )
+        self.selection = QuerySelection(dim, classes, config.strides, config.decoder.queries)
+        self.denoising_labels = nn.Embedding(classes + 1, dim, padding_idx=classes)  # N(0, 1); row C is 0
+        self.decoder = Decoder(config.decoder, dim, classes)
+        # Persistent: how pages are normalised travels with the weights.
+        self.register_buffer("mean", torch.tensor(config.mean or self.backbone.mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(config.std or self.backbone.std).view(3, 1, 1))
+
+    def forward(
+        self,
+        images: Tensor,
+        sizes: Tensor | None = None,
+        noised: NoisedTruth | None = None,
+        shared: Queries | None = None,
+    ) -> DFineOutput:
+        """
+        Args:
+            images: (B, 3, H, W) RGB, uint8 or float in [0, 1]; H and W are multiples of the last stride.
+            sizes: (B, 2) valid height, width of each page; None: the pages fill the canvas.
+            noised: denoising queries; in training mode only.
+            shared: another model's queries, which this decoder answers as well (distillation).
+        Returns:
+            All heads in training mode; in evaluation mode only the last layer, as L = 1.
+        """
+        canvas = (images.shape[-2], images.shape[-1])
+        on_page, valid_ratio = None, None
+        if sizes is not None:
+            on_page = [cells_on_page(canvas, sizes, stride) for stride in self.strides]  # (B, cells) each
+            valid_ratio = (sizes / sizes.new_tensor(canvas)).flip(-1)  # (B, 2) width, height
+
+        maps = self.encode(images, sizes) if self.training else self.encode_apart(images, sizes)
+        shapes = [(x.shape[-2], x.shape[-1]) for x in maps]
+        memory = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)  # (B, S, D)
+        if on_page is not None:
+            memory = memory * torch.cat(on_page, dim=1)[..., None]
+        places = (memory, shapes, valid_ratio)
+
+        encoder, queries, tokens = self.selection(memory, shapes, sizes)
+        x, reference, mask, slots = gather(tokens, queries.cells), queries.proposal, None, 0
+        if noised is not None:
+            slots = noised.labels.shape[1]
+            mask = attention_mask(slots, noised.groups, x.shape[1], x.device)[:slots]
+            x = torch.cat([self.denoising_labels(noised.labels).to(x.dtype), x], dim=1)  # (B, slots + Q, D)
+            reference = torch.cat([noised.boxes.clamp(1e-5, 1 - 1e-5), reference], dim=1)  # (B, slots + Q, 4)
+        refined, initial = self.decoder(x, reference, *places, mask, every_layer=self.training)
+
+        denoising = None
+        if noised is not None:
+            assert initial is not None, "denoising queries are for training mode"
+            denoising = Denoising(*split(refined, initial, slice(None, slots)), noised)
+            refined, initial = split(refined, initial, slice(slots, None))
+        answers = None
+        if shared is not None:
+            content = gather(tokens, shared.cells)
+            answers, _ = self.decoder(content, shared.proposal, *places, every_layer=self.training)
+        return DFineOutput(refined, queries, initial, encoder, denoising, answers)
+
+    def encode(self, images: Tensor, sizes: Tensor | None) -> list[Tensor]:
+        """The encoder's maps (B, D, H / stride, W / stride)."""
+        canvas = (images.shape[-2], images.shape[-1])
+        on_page = None if sizes is None else cells_on_page(canvas, sizes, self.strides[-1])
+        maps = self.encoder(self.backbone(self.normalise(images, sizes)), on_page)
+        return [project(x) for project, x in zip(self.projections, maps, strict=True)]
+
+    def encode_apart(self, images: Tensor, sizes: Tensor | None) -> list[Tensor]:
+        """`encode`, each page on the canvas that it has when it is alone: what else is in the batch does not matter."""
+        if sizes is None:
+            return self.encode(images, None)
+        last, (height, width) = self.strides[-1], images.shape[-2:]
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i, (h, w) in enumerate(((sizes + last - 1) // last * last).tolist()):
+            groups.setdefault((h, w), []).append(i)
+        if list(groups) == [(height, width)]:
+            return self.encode(images, sizes)
+        parts = []
+        for (h, w), pages in groups.items():
+            own = self.encode(images[pages, :, :h, :w], sizes[pages])
+            parts.append(
+                [F.pad(x, (0, (width - w) // s, 0, (height - h) // s)) for x, s in zip(own, self.strides, strict=True)]
+            )
+        back = torch.tensor([i for pages in groups.values() for i in pages], device=images.device).argsort()
+        return [torch.cat(level)[back] for level in zip(*parts, strict=True)]
+
+    def deploy(self, fast: bool = False) -> "DFine":
+        """Makes the model faster, for use only: after this it can be neither trained nor saved.
+
+        Batch norms become part of the convolutions before them, and every RepVGG block one convolution; the answers
+        stay the same up to rounding.
+
+        Args:
+            fast: also half precision (bf16 autocast), channels-last memory and, on a GPU, compilation: what we
+                recommend on GPUs, and on CPUs that multiply bf16. Answers differ in the third digit. The model must be
+                on its device; the first pages of a new size are slow where it compiles.
+        """
+        self.eval()
+        for module in self.modules():
+            if isinstance(module, ConvNorm):
+                module.merge()
+        for module in self.modules():
+            if isinstance(module, RepVGG):
+                module.merge()
+        self.backbone.merge()
+        if fast:
+            device = self.mean.device.type
+            self.to(memory_format=torch.channels_last)
+            for module in self.modules():
+                if isinstance(module, nn.Conv2d | nn.Linear | nn.MultiheadAttention):
+                    module.bfloat16()  # once, not in every forward pass
+            self.forward = torch.autocast(device, torch.bfloat16)(self.forward)  # type: ignore[method-assign]
+            if device == "cuda":
+                self.compile()
+        return self
+
+    def normalise(self, images: Tensor, sizes: Tensor | None) -> Tensor:
+        """(B, 3, H, W) uint8 or [0, 1] -> zero mean, unit variance; pixels of padding become 0."""
+        if images.dtype == torch.uint8:
+            images = images.to(self.mean.dtype) / 255
+        images = (images - self.mean) / self.std
+        if sizes is None:
+            return images
+        height, width = images.shape[-2:]
+        return images * cells_on_page((height, width), sizes, 1).view(-1, 1, height, width)
+
+
+class QuerySelection(nn.Module):
+    """Every memory cell proposes a class and a box; the best Q become the decoder's queries (arXiv 2304.08069)."""
+
+    def __init__(self, dim: int, classes: int, strides: tuple[int, ...], queries: int) -> None:
+        super().__init__()
+        self.strides, self.queries = strides, queries
+        self.project = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim)
+        self.class_head = class_head(dim, classes)
+        self.box_head = zero_last(mlp(dim, dim, dim, 4))
+        nn.init.xavier_uniform_(self.project.weight)
+
+    def forward(
+        self, memory: Tensor, shapes: list[tuple[int, int]], sizes: Tensor | None
+    ) -> tuple[Prediction | None, Queries, Tensor]:
+        """(B, S, D) -> in training mode the answer at the selected cells; where they are; all tokens (B, S, D).
+
+        The tokens have no gradient.
+        """
+        anchors, valid = self.anchors(shapes, sizes, memory)  # (B or 1, S, 4), (B or 1, S)
+        memory = memory * valid[..., None]
+        with torch.no_grad():  # ranking has no gradient
+            tokens = self.norm(self.project(memory))  # (B, S, D)
+            score = full_precision(self.class_head(tokens)).amax(-1).masked_fill(~valid, -torch.inf)  # (B, S)
+            index = score.topk(min(self.queries, score.shape[1])).indices  # (B, Q)
+        anchors = gather(anchors.expand(len(index), -1, -1), index)  # (B, Q, 4)
+        # The selected tokens (B, Q, D) are made again, so that the backward pass is over these alone.
+        again = torch.is_grad_enabled()
+        selected = self.norm(self.project(gather(memory, index))) if again else gather(tokens, index)
+        boxes = (full_precision(self.box_head(selected)) + logit(anchors)).sigmoid()  # (B, Q, 4)
+        answer = Prediction(full_precision(self.class_head(selected)), boxes) if self.training else None
+        return answer, Queries(index, boxes.detach()), tokens
+
+    def anchors(self, shapes: list[tuple[int, int]], sizes: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
+        """A box at the centre of each cell with sides 0.05 * 2^level, and whether all its numbers lie in (0.01, 0.99).
+
+        In fractions of the page, so cells in the padding, whose centres lie beyond 1, are not valid.
+        """
+        levels = []
+        for level, ((height, width), stride) in enumerate(zip(shapes, self.strides, strict=True)):
+            rows = (torch.arange(height, device=like.device) + 0.5) * stride
+            columns = (torch.arange(width, device=like.device) + 0.5) * stride
+            y, x = torch.meshgrid(rows, columns, indexing="ij")
+            canvas = torch.tensor([[height * stride, width * stride]], device=like.device)
+            page = (canvas if sizes is None else sizes).flip(-1)[:, None]  # (B or 1, 1, 2) width, height
+            centres = torch.stack([x, y], dim=-1).flatten(0, 1) / page  # (B or 1, cells, 2)
+            levels.append(torch.cat([centres, torch.full_like(centres, 0.05 * 2**level)], dim=-1))
+        anchors = torch.cat(levels, dim=1).to(torch.promote_types(like.dtype, torch.float32))
+        return anchors, ((anchors > 0.01) & (anchors < 0.99)).all(-1)
+
+
+def class_dependent(model: DFine) -> list[str]:
+    """The names of all that depends on the classes: class heads and the denoising embedding."""
+    return [name for name in model.state_dict() if "class_head" in name or "denoising_labels" in name]
+
+
+def cells_on_page(canvas: tuple[int, int], sizes: Tensor, stride: int) -> Tensor:
+    """Which cells of a stride see any pixel of their page: (H, W), (B, 2) -> (B, H / stride * W / stride) bool."""
+    rows = torch.arange(0, canvas[0], stride, device=sizes.device) < sizes[:, :1]  # (B, H / stride)
+    columns = torch.arange(0, canvas[1], stride, device=sizes.device) < sizes[:, 1:]  # (B, W / stride)
+    return (rows[:, :, None] & columns[:, None, :]).flatten(1)
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """(B, S, K), (B, Q) -> (B, Q, K)"""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def split(refined: Refinement, initial: Prediction, part: slice) -> tuple[Refinement, Prediction]:
+    """The given queries' share of what the decoder says."""
+    logits, boxes, edge_logits = (x[:, :, part] for x in refined[:3])
+    first = Prediction(initial.logits[:, part], initial.boxes[:, part])
+    return Refinement(logits, boxes, edge_logits, refined.initial_boxes[:, part]), first
+
+
+def detect(output: DFineOutput, sizes: list[tuple[int, int]], top: int = 300) -> list[Detections]:
+    """The last layer's `top` best (query, class) pairs of each page; no NMS.
+
+    Args:
+        sizes: original height, width of each page in pixels.
+    """
+    logits, boxes = output.refined.logits[-1], output.refined.boxes[-1]  # (B, Q, C), (B, Q, 4)
+    classes = logits.shape[-1]
+    scores, best = logits.flatten(1).sigmoid().topk(min(top, logits[0].numel()))  # (B, K)
+    boxes = cxcywh_to_xyxy(gather(boxes, best // classes)).clamp(0, 1)  # (B, K, 4)
+    scale = torch.tensor([[w, h, w, h] for h, w in sizes], device=boxes.device, dtype=boxes.dtype)
+    return [Detections(*page) for page in zip(scores, best % classes, boxes * scale[:, None], strict=True)]

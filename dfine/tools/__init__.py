@@ -1,0 +1,1 @@
+"""Measurements, for whoever changes the code: python -m dfine.tools.NAME."""

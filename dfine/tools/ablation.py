@@ -1,0 +1,169 @@
+"""What distillation adds: `python -m dfine.ablation --config FILE --out DIR distill.teacher=PATH [key=value ...]`.
+
+Trains the same student alone and with parts of the distillation, each with the same seeds and steps, one run after the
+other, and prints the table. Started again, it skips what is finished and goes on with what is not.
+"""
+
+import argparse
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+import yaml
+
+from dfine import config as configs
+from dfine.checkpoints import ours
+from dfine.config import Config, ConfigError, DistillConfig
+
+ALONE, CLASS_BOX, FULL = "student alone", "class + box", "class + box + GO-LSD"
+WITHOUT = {  # the terms each row does without
+    CLASS_BOX: ("go_lsd",),
+    FULL: (),
+    "class": ("boxes", "go_lsd"),
+    "box": ("classes", "go_lsd"),
+    "GO-LSD": ("classes", "boxes"),
+}
+COMPARED = ((CLASS_BOX, ALONE), (FULL, ALONE), (FULL, CLASS_BOX))
+ROOT = Path(__file__).parents[1]  # where the scripts are
+
+
+class Trial(NamedTuple):
+    """One run of the table."""
+
+    row: str
+    seed: int
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run_dir)
+
+
+def plan(config: Config, out: Path, seeds: int) -> list[Trial]:
+    """All runs: the three compared rows with every seed from 0, the single terms with seed 0."""
+    rows = [(row, seed) for seed in range(seeds) for row in (ALONE, CLASS_BOX, FULL)]
+    rows += [(row, 0) for row in WITHOUT if row not in (CLASS_BOX, FULL)]
+    trials = []
+    for row, seed in rows:
+        run_dir = out / f"{row.replace(' + ', '_').replace(' ', '_').lower()}_seed{seed}"
+        own = configs.override(config, [f"run_dir={run_dir}", f"train.seed={seed}"])
+        if row == ALONE:
+            own = dataclasses.replace(own, distill=DistillConfig())
+        else:
+            own = configs.override(own, [f"distill.{term}.weight=0" for term in WITHOUT[row]])
+        trials.append(Trial(row, seed, own))
+    return trials
+
+
+def result(trial: Trial) -> float | None:
+    """AP in points at the run's last step, or None while the run is not finished or not whole."""
+    metrics, train = trial.folder / "metrics.jsonl", trial.config.train
+    try:
+        content = ours.read(trial.folder / "last.pt")
+        line = json.loads(metrics.read_text().splitlines()[-1])
+    except (ours.CheckpointError, OSError, IndexError, json.JSONDecodeError):
+        return None  # train.py --resume mends what can be mended, and says what is wrong
+    steps = train.epochs * content["epoch_steps"]
+    finished = content["step"] == line["step"] == min(steps, train.max_steps or steps)
+    return 100 * (line["AP"] or 0.0) if finished else None
+
+
+def complete(trial: Trial) -> float:
+    """The run's result; it is started or resumed if need be.
+
+    Raises:
+        ConfigError: the folder holds a run with other settings, or the run failed or was stopped.
+    """
+    settings = yaml.safe_dump(configs.to_dict(trial.config), sort_keys=False)
+    file = trial.folder.with_suffix(".yaml")
+    if file.exists() and file.read_text() != settings:
+        raise ConfigError(f"{file}: this run was made with other settings: use the same ones, or another --out")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(settings)
+    if result(trial) is None:
+        print(f"{trial.row}, seed {trial.seed}: {trial.folder}", flush=True)
+        execute("train.py" if trial.row == ALONE else "distill.py", "--config", str(file), "--resume")
+    points = result(trial)
+    if points is None:
+        raise ConfigError(f"{trial.folder}: the run was stopped before its end; the same command goes on with it")
+    return points
+
+
+def teacher(config: Config, out: Path) -> float:
+    """The teacher's AP in points on the students' pages."""
+    file = out / "teacher" / "metrics.json"
+    if not file.exists():
+        val = [f"data.val.{key}={value}" for key, value in dataclasses.asdict(config.data.val).items()]
+        execute("evaluate.py", "--checkpoint", config.distill.teacher, f"run_dir={file.parent}", *val)
+    return 100 * json.loads(file.read_text())["AP"]
+
+
+def execute(script: str, *arguments: str) -> None:
+    """Runs a script to its end; a signal to stop is passed on, and the script saves before it obeys.
+
+    Raises:
+        ConfigError: it failed.
+    """
+    with subprocess.Popen([sys.executable, str(ROOT / script), *arguments]) as process:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise
+    if code:
+        raise ConfigError(f"{script} {' '.join(arguments)}: failed")
+
+
+def table(points: dict[str, dict[int, float]], teacher_points: float) -> str:
+    """Two Markdown tables: AP by row, and differences between rows seed by seed.
+
+    Args:
+        points: AP in points by row and seed.
+    """
+    lines = ["| trained with | AP | spread | by seed |", "|---|---|---|---|"]
+    lines += [f"| {row} | {_summary(list(by_seed.values()), '.1f')} |" for row, by_seed in points.items()]
+    lines += [f"| (the teacher) | {teacher_points:.1f} | | |", ""]
+    lines += ["| difference | AP | spread | by seed |", "|---|---|---|---|"]
+    for row, other in COMPARED:
+        differences = [points[row][seed] - points[other][seed] for seed in points[row]]
+        lines.append(f"| {row} - {other} | {_summary(differences, '+.1f')} |")
+    return "\n".join(lines)
+
+
+def _summary(values: list[float], form: str) -> str:
+    """Mean, standard deviation over seeds, and each."""
+    spread = f"{stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{mean(values):{form}} | {spread} | {', '.join(format(value, form) for value in values)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, help="the student's YAML file")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the runs")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each compared row (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as distill.teacher=PATH")
+    arguments = parser.parse_intermixed_args()
+    config = configs.load(arguments.config, arguments.overrides)
+    if not config.distill.teacher:
+        raise ConfigError("distill.teacher: name a checkpoint")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    points: dict[str, dict[int, float]] = {}
+    for trial in plan(config, arguments.out, arguments.seeds):
+        points.setdefault(trial.row, {})[trial.seed] = complete(trial)
+    print(table(points, teacher(config, arguments.out)))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,269 @@
+"""How long a step takes, part by part: `python -m dfine.benchmark [--json FILE] [--peer] [key=value ...]`.
+
+Times are medians over repeats after a warm-up, with the lowest and the highest tenth. Training runs as in train.py: in
+bf16 on a GPU, and with `train.bf16_cpu=true` on a CPU. Pages are noise with random boxes of random classes: only
+matching asks what is on them. Without `--config` the model is the default one around a ConvNeXt-T; weights are always
+random. `--peer` adds a comparison with the D-FINE of `transformers` (the extra `bench`), see `dfine.peer`.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+from datetime import UTC, datetime
+from itertools import groupby, product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from dfine import config as configs
+from dfine.config import Config
+from dfine.data.batches import train_loader
+from dfine.data.sources import open_source
+from dfine.data.synthetic.pages import write_folder
+from dfine.losses.criterion import stack
+from dfine.losses.matcher import match
+from dfine.model.denoising import freshly_noised
+from dfine.model.detector import DFine, detect
+from dfine.tools.stopwatch import Stopwatch, measure, spread
+from dfine.tools.workload import CLASSES, Case, answers, built, finish, made_up, step, total_loss
+from dfine.training import optim
+from dfine.training.engine import autocast
+
+
+def training(settings: Config, case: Case, device: torch.device, repeats: int) -> dict[str, list[float]]:
+    """A training step and its parts; matching is also timed on its own."""
+    model, batch = built(settings, case.queries, device).train(), made_up(case, device)
+    optimizer = optim.optimizer(model, settings.train)
+    times = measure(lambda watch: step(model, optimizer, batch, settings, watch), device, repeats)
+    times["training step"] = times.pop("whole")
+    output = answers(model, batch, settings)
+    heads, config = stack(output.refined, output.initial, output.encoder), settings.loss.matcher
+
+    def matching(watch: Stopwatch) -> None:
+        match(heads.logits, heads.boxes, batch.targets, config, config.encoder_queries)
+        watch.mark("of which matching")
+
+    return times | {"of which matching": measure(matching, device, repeats)["whole"]}
+
+
+def inference(settings: Config, case: Case, device: torch.device, repeats: int) -> dict[str, list[float]]:
+    """From pixels to detections: the model as trained, deployed, and deployed as recommended on a GPU."""
+    batch = made_up(case, device)
+    sizes = [target.size for target in batch.targets]
+    plain = built(settings, case.queries, device).eval()
+    forms = {"inference": plain}
+    forms["inference, deploy()"] = built(settings, case.queries, device).deploy()
+    forms["inference, deploy(fast=True)"] = built(settings, case.queries, device).deploy(fast=True)
+    times: dict[str, list[float]] = {}
+    for name, model in forms.items():
+
+        @torch.inference_mode()
+        def run(watch: Stopwatch, model: DFine = model) -> None:
+            detect(model(batch.images, batch.sizes), sizes)
+            watch.mark("detections")
+
+        times[name] = measure(run, device, repeats)["whole"]
+    return times
+
+
+def memory(settings: Config, case: Case, device: torch.device) -> float:
+    """MiB of a training step: on a GPU its peak, on a CPU what the forward pass keeps for the backward pass."""
+    model, batch = built(settings, case.queries, device).train(), made_up(case, device)
+    kept: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        optimizer = optim.optimizer(model, settings.train)
+        for _ in range(2):  # the optimizer's state comes with the first step
+            total_loss(model, answers(model, batch, settings), batch, settings).backward()
+            finish(model, optimizer, settings.train.clip)
+        return torch.cuda.max_memory_allocated() / 2**20
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = total_loss(model, answers(model, batch, settings), batch, settings)
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    del loss  # until here nothing that was kept could be freed, so that no address comes twice
+    return sum(size for address, size in kept.items() if address not in weights) / 2**20
+
+
+def matmul_rate(device: torch.device, precision: torch.autocast) -> float:
+    """FLOPs a second of a large matrix product: what this chip can do, whatever its data sheet says."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device)
+    with precision:
+        a = a @ a  # now of the type in which a training step multiplies
+
+    def multiply(watch: Stopwatch) -> None:
+        a @ a
+        watch.mark("matmul")
+
+    return 2 * size**3 / (1e-3 * statistics.median(measure(multiply, device, 10)["matmul"]))
+
+
+def step_flops(settings: Config, case: Case) -> int:
+    """FLOPs of a training step: three times those of the forward pass, as is usual; counted, not run.
+
+    (The counter's own number for the backward pass is many times too high where convolutions are depthwise.)
+    """
+    model = built(settings, case.queries, torch.device("cpu")).train().to("meta")
+    batch = made_up(case, torch.device("cpu")).to(torch.device("meta"))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(batch.images, None, freshly_noised(batch.targets, CLASSES, settings.model.denoising))
+    return 3 * counter.get_total_flops()
+
+
+def size_of_model(settings: Config, height: int, width: int) -> dict[str, float]:
+    """Parameters in millions, and GFLOPs of inference on one page (a product and its sum are 2); counted, not run."""
+    model = built(settings, settings.model.decoder.queries, torch.device("cpu")).eval().to("meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, height, width, device="meta"))
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    return {"parameters_M": millions, "gflops": counter.get_total_flops() / 1e9}
+
+
+def data_loading(settings: Config, case: Case, repeats: int) -> dict[str, list[float]]:
+    """Reading, resizing, augmenting and padding a batch in one process, from a folder of drawn pages (PNG)."""
+    with tempfile.TemporaryDirectory() as folder:
+        pages = Path(folder)
+        write_folder(pages, seed=0, pages=2 * case.batch)
+        overrides = [
+            f"data.train.images={pages / 'images'}",
+            f"data.train.annotations={pages / 'annotations.json'}",
+            f"data.batch_size={case.batch}",
+            f"data.short_edges=[{min(case.height, case.width)}]",
+            f"data.max_long_edge={max(case.height, case.width, settings.data.eval_short_edge)}",
+            "data.workers=0",
+        ]
+        loading = configs.override(settings, overrides)
+        loader, sampler = train_loader(open_source(loading.data.train, "data.train"), loading)
+        epoch = iter(range(10**9))
+
+        def load(watch: Stopwatch) -> None:
+            sampler.set_position(next(epoch), 0)
+            next(iter(loader))
+            watch.mark("data loading, one process")
+
+        times = measure(load, torch.device("cpu"), repeats)
+    times.pop("whole")
+    return times
+
+
+def profile(settings: Config, case: Case, device: torch.device, repeats: int, rate: float) -> list[dict[str, Any]]:
+    """One row for each part of a case; `rate` is the chip's, in FLOPs a second."""
+    times = data_loading(settings, case, repeats)
+    times |= training(settings, case, device, repeats)
+    times |= inference(settings, case, device, repeats)
+    rows: list[dict[str, Any]] = []
+    for part, spans in times.items():
+        median, low, high = spread(spans)
+        rows.append({"part": part, "unit": "ms", "median": median, "low": low, "high": high})
+    kind = "peak" if device.type == "cuda" else "kept for the backward pass"
+    rows.append({"part": f"memory of a training step, {kind}", "unit": "MiB", "median": memory(settings, case, device)})
+    seconds = 1e-3 * spread(times["training step"])[0]
+    share = 100 * step_flops(settings, case) / seconds / rate
+    rows.append({"part": f"training step, of {rate / 1e12:.2f} measured TFLOP/s", "unit": "%", "median": share})
+    return [{**case._asdict(), **row} for row in rows]
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    lines = [", ".join(f"{key} {value}" for key, value in report["machine"].items()), ""]
+    if report["models"]:
+        lines += ["| model | parameters, M | GFLOPs a page |", "|---|---|---|"]
+        lines += [f"| {m['model']} | {m['parameters_M']:.1f} | {m['gflops']:.0f} |" for m in report["models"]] + [""]
+    for case, rows in groupby(report["parts"], case_of):
+        lines += [f"| {case} | median | tenths |", "|---|---|---|"]
+        for row in rows:
+            tenths = f"{row['low']:.1f} to {row['high']:.1f}" if "low" in row else ""
+            lines.append(f"| {row['part']} | {row['median']:.1f} {row['unit']} | {tenths} |")
+        lines.append("")
+    for case, rows in groupby(report["peer"], case_of):
+        lines += [f"| {case} | ours, ms | theirs, ms | ratio | tenths |", "|---|---|---|---|---|"]
+        for row in rows:
+            times = f"{row['ours']:.0f} | {row['theirs']:.0f} | {row['ratio']:.2f}"
+            lines.append(f"| {row['what']} | {times} | {row['low']:.2f} to {row['high']:.2f} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def case_of(row: dict[str, Any]) -> Case:
+    return Case(*(row[field] for field in Case._fields))
+
+
+def size(text: str) -> tuple[int, int]:
+    """`640x480` -> (640, 480)."""
+    sides = text.split("x")
+    if len(sides) != 2 or not all(side.isdigit() and int(side) and int(side) % 32 == 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HxW in multiples of 32, such as 640x480")
+    return int(sides[0]), int(sides[1])
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="a YAML file of configs/, whose model is measured")
+    parser.add_argument("--models", type=Path, nargs="+", default=[], help="configs whose models' sizes are shown")
+    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--peer", action="store_true", help="compare with transformers as well")
+    parser.add_argument("--batch", type=int, nargs="+", default=[2], help="pages a batch (default: 2)")
+    parser.add_argument("--size", type=size, nargs="+", default=[(640, 480)], metavar="HxW", help="default: 640x480")
+    parser.add_argument("--boxes", type=int, nargs="+", default=[40], help="boxes a page (default: 40)")
+    parser.add_argument("--queries", type=int, nargs="+", default=[300], help="default: 300")
+    parser.add_argument("--repeats", type=int, default=10, help="default: 10")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.threads=1")
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    arguments = parsed()
+    settings = configs.load(arguments.config) if arguments.config else Config()
+    base = [] if arguments.config else ["model.backbone.name=convnext_tiny"]
+    settings = configs.override(settings, [*base, *arguments.overrides])
+    if settings.train.threads:
+        torch.set_num_threads(settings.train.threads)
+    if arguments.peer:
+        from dfine.tools.peer import against_peer  # only here: it needs the extra
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    cases = [
+        Case(batch, height, width, boxes, queries)
+        for batch, (height, width), boxes, queries in product(
+            arguments.batch, arguments.size, arguments.boxes, arguments.queries
+        )
+    ]
+    report: dict[str, Any] = {
+        "machine": {
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, no GPU",
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        },
+        "models": [
+            {"model": path.stem, **size_of_model(configs.load(path), *arguments.size[0])} for path in arguments.models
+        ],
+        "parts": [],
+        "peer": [],
+    }
+    rate = matmul_rate(device, autocast(device, settings.train))
+    for case in cases:
+        report["parts"] += profile(settings, case, device, arguments.repeats, rate)
+        if arguments.peer:
+            report["peer"] += against_peer(settings, case, device, arguments.repeats)
+    print(table(report))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

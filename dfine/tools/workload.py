@@ -1,0 +1,99 @@
+"""What the benchmark runs: pages of noise with random boxes, a model with random weights, and a step as in train.py."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dfine import config as configs
+from dfine.config import Config
+from dfine.losses.criterion import criterion
+from dfine.model.denoising import freshly_noised
+from dfine.model.detector import DFine
+from dfine.structures import Batch, DFineOutput, Target
+from dfine.tools.stopwatch import Stopwatch
+from dfine.training.engine import autocast
+
+CLASSES = 11
+
+
+class Case(NamedTuple):
+    """What is fed: pages a batch, height and width of a page, boxes a page, queries."""
+
+    batch: int
+    height: int
+    width: int
+    boxes: int
+    queries: int
+
+    def __str__(self) -> str:
+        return f"{self.batch} x {self.height}x{self.width}, {self.boxes} boxes, {self.queries} queries"
+
+
+def made_up(case: Case, device: torch.device) -> Batch:
+    """Pages of noise with random boxes, the same for the same case."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (case.batch, 3, case.height, case.width), dtype=torch.uint8, generator=generator)
+    targets = []
+    for page in range(case.batch):
+        size = 0.02 + 0.2 * torch.rand(case.boxes, 2, generator=generator)
+        centre = size / 2 + (1 - size) * torch.rand(case.boxes, 2, generator=generator)
+        labels = torch.randint(0, CLASSES, (case.boxes,), generator=generator)
+        targets.append(Target(labels, torch.cat([centre, size], dim=-1), page, (case.height, case.width)))
+    return Batch(images, torch.tensor([[case.height, case.width]] * case.batch), targets).to(device)
+
+
+def built(settings: Config, queries: int, device: torch.device) -> DFine:
+    """The config's model with random weights, as train.py lays it out in memory."""
+    overrides = ["model.backbone.pretrained=false", "model.backbone.weights=", f"model.decoder.queries={queries}"]
+    torch.manual_seed(0)
+    model = DFine(configs.override(settings, overrides).model, CLASSES)
+    return model.to(device).to(memory_format=torch.channels_last)
+
+
+def answers(model: DFine, batch: Batch, settings: Config) -> DFineOutput:
+    """The forward pass of training."""
+    noised = freshly_noised(batch.targets, CLASSES, settings.model.denoising)
+    with autocast(model.mean.device, settings.train):
+        return model(batch.images, batch.sizes, noised)
+
+
+def total_loss(model: DFine, output: DFineOutput, batch: Batch, settings: Config) -> Tensor:
+    losses = criterion(output, batch.targets, model.decoder.w, settings.loss)
+    return torch.stack([term.sum() for term in losses.values()]).sum()
+
+
+def finish(model: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> None:
+    """Clips, steps and forgets the gradients."""
+    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@contextlib.contextmanager
+def watched(model: DFine, watch: Stopwatch) -> Iterator[None]:
+    """While this lasts, the end of backbone, encoder and decoder are marked."""
+    parts = {"backbone": model.backbone, "encoder": model.encoder, "selection and decoder": model.decoder}
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: watch.mark(f"{name}, forward"))
+        for name, module in parts.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def step(model: DFine, optimizer: torch.optim.Optimizer, batch: Batch, settings: Config, watch: Stopwatch) -> None:
+    """A training step as in train.py, but for the average of the weights; its parts are marked."""
+    with watched(model, watch):
+        output = answers(model, batch, settings)
+    loss = total_loss(model, output, batch, settings)
+    watch.mark("matching and losses")
+    loss.backward()
+    watch.mark("backward")
+    finish(model, optimizer, settings.train.clip)
+    watch.mark("clipping and optimizer")

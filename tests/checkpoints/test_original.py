@@ -1,0 +1,204 @@
+"""Checkpoints of the original implementation become models of ours, whole or not at all."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model
+from torch import Tensor
+
+from dfine.checkpoints import original, ours
+from dfine.model.detector import DFine
+
+POINTS = {"n": (6, 6)}  # the others have (3, 6, 3)
+REG_SCALE = {"x": 8}  # the others have 4
+
+
+@pytest.fixture(scope="module")
+def sizes(golden_folder: Path) -> dict[str, dict[str, list[int]]]:
+    """Names and shapes of each published size."""
+    recorded = json.loads((golden_folder / "15_state_dict_keys.json").read_text())
+    return {size: {entry[0]: entry[1] for entry in model["state"]} for size, model in recorded.items()}
+
+
+@pytest.fixture(scope="module")
+def nano(nano_checkpoint: Path) -> dict[str, Tensor]:
+    return torch.load(nano_checkpoint, weights_only=True)["model"]
+
+
+@pytest.fixture(scope="module")
+def model(nano: dict[str, Tensor]) -> DFine:
+    """A nano model with weights of its own."""
+    return DFine(original.model_config({"model": nano}), classes=80)
+
+
+def made_up(size: str, shapes: dict[str, list[int]]) -> dict[str, Tensor]:
+    """A state dict of a published size in which every tensor has a number of its own."""
+    state = {name: torch.full((), float(i)).expand(shape) for i, (name, shape) in enumerate(shapes.items(), start=1)}
+    scale = torch.tensor([1 / points for points in POINTS.get(size, (3, 6, 3)) for _ in range(points)])
+    derived = {
+        "up": torch.tensor([0.5]),
+        "reg_scale": torch.tensor([REG_SCALE.get(size, 4)]),
+        "num_points_scale": scale,
+    }
+    return {name: derived.get(name.split(".")[-1], tensor) for name, tensor in state.items()}
+
+
+# Every published size
+
+
+@pytest.mark.parametrize("size", ["n", "s", "m", "l", "x"])
+def test_every_tensor_of_every_size_finds_its_own_place(size: str, sizes: dict[str, dict[str, list[int]]]):
+    state = made_up(size, sizes[size])
+    model = DFine(original.model_config({"model": state}), classes=80)
+    weights, anew = original.convert({"model": state}, model)
+    model.load_state_dict(weights)
+    assert anew == []
+    ours = {name: x.flatten()[0].item() for name, x in model.state_dict().items() if name not in ("mean", "std")}
+    counted = {name: number for name, number in ours.items() if not name.endswith(original.COUNTER)}
+    theirs = {name: x for name, x in state.items() if not original.DERIVED.search(name)}
+    theirs = {name: x.flatten()[0].item() for name, x in theirs.items() if not name.endswith(original.COUNTER)}
+    assert sorted(counted.values()) == sorted(theirs.values())
+
+
+@pytest.mark.parametrize(
+    ("size", "backbone", "strides", "dims", "blocks", "hidden", "layers", "c"),
+    [
+        ("n", "hgnetv2_b0", (16, 32), (128, 128), 2, 21, 3, 1 / 4),
+        ("s", "hgnetv2_b0", (8, 16, 32), (256, 256), 1, 64, 3, 1 / 4),
+        ("m", "hgnetv2_b2", (8, 16, 32), (256, 256), 2, 128, 4, 1 / 4),
+        ("l", "hgnetv2_b4", (8, 16, 32), (256, 256), 3, 128, 6, 1 / 4),
+        ("x", "hgnetv2_b5", (8, 16, 32), (384, 256), 3, 192, 6, 1 / 8),
+    ],
+)
+def test_the_architecture_is_read_off_the_tensors(size, backbone, strides, dims, blocks, hidden, layers, c, sizes):
+    config = original.model_config({"model": made_up(size, sizes[size])})
+    encoder_dim = config.encoder.hidden_dim or config.hidden_dim
+    assert (config.backbone.name, config.strides) == (backbone, strides)
+    assert (encoder_dim, config.hidden_dim) == dims
+    assert round(3 * config.encoder.depth_mult) == blocks
+    assert int(config.encoder.expansion * encoder_dim / 2) == hidden
+    assert (config.decoder.layers, config.decoder.heads, config.decoder.bins) == (layers, 8, 32)
+    assert config.decoder.points == POINTS.get(size, (3, 6, 3))
+    assert (config.decoder.a, config.decoder.c) == (0.5, c)
+    assert not config.backbone.pretrained
+
+
+# A checkpoint's way into a model
+
+
+def test_pixels_are_not_normalised_further(nano: dict[str, Tensor], model: DFine):
+    weights, _ = original.convert({"model": nano}, model)
+    assert weights["mean"].flatten().tolist() == [0, 0, 0]
+    assert weights["std"].flatten().tolist() == [1, 1, 1]
+
+
+def test_the_averaged_weights_are_taken_where_there_are_any(nano: dict[str, Tensor], model: DFine):
+    average = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in nano.items()}
+    average |= {name: tensor for name, tensor in nano.items() if original.DERIVED.search(name)}
+    weights, _ = original.convert({"model": nano, "ema": {"module": average, "updates": 1}}, model)
+    assert weights["selection.norm.bias"].equal(average["decoder.enc_output.norm.bias"])
+
+
+def test_frozen_batch_norms_count_no_batches(nano: dict[str, Tensor], model: DFine):
+    frozen = {name: tensor for name, tensor in nano.items() if not name.endswith(original.COUNTER)}
+    weights, _ = original.convert({"model": frozen}, model)
+    assert weights.keys() == model.state_dict().keys()
+
+
+def test_a_model_is_loaded_ready_to_detect(nano_checkpoint: Path):
+    model = original.load(nano_checkpoint)
+    assert not model.training
+    assert model.selection.class_head.out_features == 80
+
+
+def test_with_other_classes_their_heads_and_embedding_start_anew_and_it_says_so(
+    nano_checkpoint: Path, nano: dict[str, Tensor]
+):
+    with pytest.warns(UserWarning, match=r"start anew: .*selection\.class_head\.weight.*") as warned:
+        model = original.load(nano_checkpoint, classes=11)
+    anew = str(warned[0].message).split("start anew: ")[1].split(", ")
+    heads = [f"decoder.class_heads.{i}" for i in range(3)] + ["selection.class_head"]
+    assert set(anew) == {f"{head}.{kind}" for head in heads for kind in ("weight", "bias")} | {
+        "denoising_labels.weight"
+    }
+    assert model.selection.class_head.out_features == 11
+    assert model.selection.class_head.bias.detach().sigmoid().allclose(torch.tensor(0.01))
+    assert model.selection.project.bias.equal(nano["decoder.enc_output.proj.bias"].float())
+
+
+def test_training_starts_from_a_published_checkpoint(nano_checkpoint: Path, model: DFine):
+    """`model.init_from=PATH`"""
+    said = ours.initialise(model, str(nano_checkpoint), [{"id": i, "name": str(i)} for i in range(80)])
+    assert "the original implementation" in said
+    assert "anew" not in said
+
+
+# Whole or not at all
+
+
+def test_only_the_originals_checkpoints_are_official(nano: dict[str, Tensor], tmp_path: Path):
+    assert original.is_official({"model": nano})
+    assert original.is_official({"ema": {"module": nano}})
+    ours = tiny_model().state_dict()
+    assert not original.is_official({"model": ours, "ema": ours, "config": {}})
+    assert not original.is_official({})
+    torch.save({"model": ours}, tmp_path / "ours.pt")
+    with pytest.raises(ValueError, match=r"ours\.pt: not a checkpoint of the original"):
+        original.load(tmp_path / "ours.pt")
+
+
+def test_everything_that_does_not_map_is_named(nano: dict[str, Tensor], model: DFine):
+    broken = dict(nano)
+    del broken["backbone.stem.stem1.lab.scale"]
+    del broken["encoder.lateral_convs.0.norm.running_var"]
+    broken["decoder.extra.weight"] = torch.zeros(1)
+    broken["decoder.query_pos_head.layers.0.weight"] = torch.zeros(256, 5)
+    with pytest.raises(ValueError, match="does not fit") as error:
+        original.convert({"model": broken}, model)
+    lines = str(error.value).splitlines()[1:]
+    assert sorted(lines) == [
+        "backbone.body.stem.stem1.lab.scale has no counterpart",
+        "decoder.extra.weight has no place",
+        "decoder.query_pos_head.layers.0.weight (256, 5) does not fit decoder.position.0.weight (256, 4)",
+        "encoder.laterals.0.1.running_var has no counterpart",
+    ]
+
+
+def test_a_model_of_another_architecture_is_refused(nano: dict[str, Tensor]):
+    with pytest.raises(ValueError, match=r"encoder\.lateral_convs\.0\.conv\.weight \(128, 128, 1, 1\) does not fit"):
+        original.convert({"model": nano}, tiny_model(classes=80))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"decoder": {"a": 1.0}}, "model.decoder.a=0.5"),
+        ({"decoder": {"c": 0.125}}, "model.decoder.c=0.25"),
+        ({"decoder": {"points": (8, 4)}}, "model.decoder.points=[6, 6]"),
+        ({"encoder": {"heads": 4}}, "model.encoder.heads=8"),
+    ],
+)
+def test_a_config_that_would_compute_something_else_with_the_weights_is_refused(
+    change: dict[str, dict[str, object]], message: str, nano: dict[str, Tensor]
+):
+    config = original.model_config({"model": nano})
+    for part, values in change.items():
+        config = replace(config, **{part: replace(getattr(config, part), **values)})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        original.convert({"model": nano}, DFine(config, classes=80))
+
+
+def test_copies_of_a_number_must_agree(nano: dict[str, Tensor], model: DFine):
+    twisted = nano | {"decoder.decoder.reg_scale": torch.tensor([8])}
+    with pytest.raises(ValueError, match=r"decoder\.decoder\.reg_scale is not decoder\.reg_scale"):
+        original.convert({"model": twisted}, model)
+
+
+@pytest.mark.parametrize("name", ["decoder.up", "decoder.enc_output.proj.weight", "backbone.stem.stem1.conv.weight"])
+def test_an_architecture_that_cannot_be_read_is_said(name: str, nano: dict[str, Tensor]):
+    with pytest.raises(ValueError, match=rf"lacks {re.escape(name)}|no HGNetV2"):
+        original.model_config({"model": {key: tensor for key, tensor in nano.items() if key != name}})

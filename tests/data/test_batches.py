@@ -1,0 +1,137 @@
+"""Which pages share a batch, how large they are, and that nothing depends on who loads them."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from coco_folder import annotation, image, write
+from PIL import Image
+
+from dfine import distributed
+from dfine.config import Config, DataConfig, TrainConfig
+from dfine.data.batches import PageKey, TrainBatches, evaluation_batches, evaluation_loader, train_loader
+from dfine.data.sources import CocoPages
+from dfine.data.transforms import canvas_of, fit
+
+SMALL = DataConfig(batch_size=2, workers=0, short_edges=(32, 64), eval_short_edge=32, max_long_edge=96)
+
+
+def many_sizes(count: int) -> list[tuple[int, int]]:
+    random = np.random.default_rng(0)
+    return [(int(h), int(w)) for h, w in random.integers(50, 200, (count, 2))]
+
+
+def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, world: int) -> None:
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    monkeypatch.setattr(distributed, "world_size", lambda: world)
+
+
+def test_every_page_comes_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: Counter[int] = Counter()
+    for rank in range(3):
+        as_rank(monkeypatch, rank, 3)
+        batches = list(TrainBatches(many_sizes(36), SMALL, seed=0, accumulate=2))
+        assert len(batches) == 6
+        seen.update(key.page for batch in batches for key in batch)
+    assert seen == Counter(range(36))
+
+
+def test_an_epoch_is_filled_up_to_whole_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_rank(monkeypatch, 0, 1)
+    sampler = TrainBatches(many_sizes(9), SMALL, seed=0, accumulate=4)
+    counts = Counter(key.page for batch in sampler for key in batch)
+    assert len(sampler) == 8
+    assert sum(counts.values()) == 16
+    assert set(counts.values()) == {1, 2}
+    assert len(counts) == 9
+
+
+def test_batches_depend_on_seed_and_epoch_alone() -> None:
+    def batches(seed: int, epoch: int) -> list[list[PageKey]]:
+        sampler = TrainBatches(many_sizes(30), SMALL, seed, 1)
+        sampler.set_position(epoch, 0)
+        return list(sampler)
+
+    assert batches(1, 2) == batches(1, 2)
+    pages = [[[key.page for key in batch] for batch in batches(*which)] for which in ((1, 2), (1, 3), (2, 2))]
+    assert pages[0] != pages[1]
+    assert pages[0] != pages[2]
+
+
+def test_a_resumed_epoch_gives_the_rest_of_the_same_batches() -> None:
+    sampler = TrainBatches(many_sizes(30), SMALL, seed=0, accumulate=1)
+    sampler.set_position(4, 0)
+    whole = list(sampler)
+    sampler.set_position(4, 6)
+    assert list(sampler) == whole[6:]
+
+
+def test_all_processes_draw_the_same_edge_and_all_edges_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    edges = []
+    for rank in range(2):
+        as_rank(monkeypatch, rank, 2)
+        batches = list(TrainBatches(many_sizes(80), SMALL, seed=0, accumulate=1))
+        assert all(len({key.short_edge for key in batch}) == 1 for batch in batches)
+        edges.append([batch[0].short_edge for batch in batches])
+    assert edges[0] == edges[1]
+    assert set(edges[0]) == {32, 64}
+
+
+def test_pages_of_like_aspect_share_a_batch() -> None:
+    sizes = many_sizes(200)
+    spread = [np.ptp([sizes[key.page][0] / sizes[key.page][1] for key in b]) for b in TrainBatches(sizes, SMALL, 0, 1)]
+    random = np.random.default_rng(0).permutation(200).reshape(-1, 2)
+    chance = [np.ptp([sizes[page][0] / sizes[page][1] for page in pair]) for pair in random]
+    assert np.mean(spread) < np.mean(chance) / 5
+
+
+def test_evaluation_takes_every_page_once_over_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = many_sizes(50)
+    pages: list[int] = []
+    for rank in range(3):
+        as_rank(monkeypatch, rank, 3)
+        pages += [key.page for batch in evaluation_batches(sizes, SMALL, 32) for key in batch]
+    assert sorted(pages) == list(range(50))
+
+
+def test_evaluation_batches_hold_pages_of_one_canvas() -> None:
+    sizes = many_sizes(50)
+    batches = evaluation_batches(sizes, SMALL, 32)
+    assert max(len(batch) for batch in batches) == SMALL.batch_size
+    for batch in batches:
+        assert len({canvas_of([fit(sizes[key.page], 32, 96)], 32) for key in batch}) == 1
+
+
+def test_a_page_is_augmented_by_seed_epoch_and_page_whoever_loads_it(tmp_path: Path) -> None:
+    annotations = [annotation(i, [5, 5, 12, 20]) for i in range(6)]
+    images, file = write(tmp_path, [image(i) for i in range(6)], annotations)
+    for path in images.iterdir():
+        Image.fromarray(np.random.default_rng(1).integers(0, 255, (40, 30, 3), dtype=np.uint8)).save(path)
+    source = CocoPages(images, file)
+
+    def batches(workers: int, start: int) -> list[Any]:
+        data = DataConfig(batch_size=2, workers=workers, short_edges=(32, 64))
+        loader, sampler = train_loader(source, Config(data=data, train=TrainConfig(seed=3)))
+        sampler.set_position(1, start)
+        return list(loader)
+
+    alone = batches(workers=0, start=0)
+    for batch, other in zip(alone[1:], batches(workers=2, start=1), strict=True):
+        assert torch.equal(batch.images, other.images)
+        assert all(torch.equal(a.boxes, b.boxes) for a, b in zip(batch.targets, other.targets, strict=True))
+
+
+def test_a_batch_lays_pages_in_the_upper_left_corner_and_says_how_large_they_are(tmp_path: Path) -> None:
+    source = CocoPages(*write(tmp_path, [image(1, 100, 110), image(2, 98, 100)], []))
+    config = Config(data=SMALL)
+    (batch,) = evaluation_loader(source, config)
+    assert batch.images.shape == (2, 3, 64, 32)
+    assert batch.images.dtype == torch.uint8
+    assert batch.sizes.tolist() == [[35, 32], [33, 32]]
+    assert [target.image_id for target in batch.targets] == [1, 2]
+    for page, (height, width) in zip(batch.images, batch.sizes.tolist(), strict=True):
+        assert (page[:, :height, :width] == 255).all()
+        assert page.sum() == 255 * 3 * height * width

@@ -1,0 +1,221 @@
+"""From a file to pixels: pages look as on white paper, and boxes stay on what they enclose."""
+
+import dataclasses
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dfine.config import AugmentConfig
+from dfine.data.transforms import PageError, augment, augmentation, canvas_of, fit, pad, read_page, resize
+
+NONE = {field.name: 0.0 for field in dataclasses.fields(AugmentConfig) if field.name.endswith("_p")}
+ALL = dict.fromkeys(NONE, 1.0)
+
+
+# Sizes
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((1025, 1025), (640, 640)),
+        ((792, 612), (828, 640)),  # the short edge rules
+        ((1000, 500), (928, 464)),  # the long edge rules
+        ((3000, 10), (928, 3)),
+        ((30000, 10), (928, 1)),  # never nothing
+    ],
+)
+def test_a_page_keeps_its_aspect_within_both_edges(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert fit(size, 640, 928) == expected
+    assert fit(size[::-1], 640, 928) == expected[::-1]
+
+
+def test_the_canvas_holds_all_pages_and_is_a_multiple_of_the_stride() -> None:
+    assert canvas_of([(33, 64), (20, 65)], 32) == (64, 96)
+
+
+def test_padding_keeps_every_pixel_and_adds_zeros() -> None:
+    random = np.random.default_rng(0)
+    pages = [random.integers(0, 255, (h, w, 3), dtype=np.uint8) for h, w in ((5, 9), (8, 3))]
+    images, sizes = pad(pages, 4)
+    assert images.shape == (2, 3, 8, 12)
+    assert sizes.tolist() == [[5, 9], [8, 3]]
+    for padded, page in zip(images.permute(0, 2, 3, 1).numpy(), pages, strict=True):
+        assert (padded[: page.shape[0], : page.shape[1]] == page).all()
+        assert padded.sum() == page.sum()
+
+
+def test_thin_strokes_do_not_vanish_when_a_page_shrinks() -> None:
+    page = np.full((400, 400, 3), 255, np.uint8)
+    page[::8] = 0
+    assert (resize(page, (100, 100))[:, :, 0].reshape(-1, 2, 100).mean(1) < 230).all()
+    assert resize(page, (400, 400)) is page
+
+
+# Reading
+
+
+def striped() -> np.ndarray:
+    """(6, 8) uint8: black above, grey in the middle, white below."""
+    return np.repeat(np.array([0, 128, 255], np.uint8), 2)[:, None].repeat(8, axis=1)
+
+
+def rgba(alpha: int) -> Image.Image:
+    """Black ink, transparent or half transparent paper of a colour that must not be seen."""
+    page = np.zeros((6, 8, 4), np.uint8)
+    page[..., 3] = 255
+    page[2:] = (200, 0, 0, alpha)
+    return Image.fromarray(page)
+
+
+def palette_with_transparency() -> Image.Image:
+    page = Image.fromarray((striped() > 0).astype(np.uint8), mode="P")
+    page.putpalette([0, 0, 0, 200, 0, 0])
+    page.info["transparency"] = 1
+    return page
+
+
+def cmyk() -> Image.Image:
+    ink = 255 - striped()
+    nothing = np.zeros_like(ink)
+    return Image.merge("CMYK", [Image.fromarray(channel) for channel in (nothing, nothing, nothing, ink)])
+
+
+THREE_GREYS = striped()
+INK_ON_WHITE = np.where(striped() > 0, 255, 0)
+
+
+@pytest.mark.parametrize(
+    ("page", "suffix", "expected"),
+    [
+        (Image.fromarray(striped()), "png", THREE_GREYS),
+        (Image.fromarray(striped()), "webp", THREE_GREYS),
+        (Image.fromarray(striped()).convert("RGB"), "bmp", THREE_GREYS),
+        (Image.fromarray(striped()).convert("P"), "tif", THREE_GREYS),
+        (Image.fromarray(striped().astype(np.uint16) * 257), "png", THREE_GREYS),
+        (Image.fromarray(striped().astype(np.uint16) * 257), "tif", THREE_GREYS),
+        (Image.fromarray(striped().astype(np.int32) * 257), "tif", THREE_GREYS),
+        (cmyk(), "jpg", THREE_GREYS),
+        (cmyk(), "tif", THREE_GREYS),
+        (Image.fromarray(striped() > 0), "png", INK_ON_WHITE),
+        (rgba(0), "png", INK_ON_WHITE),
+        (rgba(0), "tif", INK_ON_WHITE),
+        (rgba(0).convert("LA"), "png", INK_ON_WHITE),
+        (palette_with_transparency(), "png", INK_ON_WHITE),
+    ],
+    ids=lambda value: value.mode if isinstance(value, Image.Image) else None,
+)
+def test_every_kind_of_image_looks_as_on_white_paper(
+    tmp_path: Path, page: Image.Image, suffix: str, expected: np.ndarray
+) -> None:
+    page.save(tmp_path / f"page.{suffix}")
+    found = read_page(tmp_path / f"page.{suffix}")
+    assert found.dtype == np.uint8
+    assert found.shape == (6, 8, 3)
+    assert np.abs(found.astype(int) - expected[..., None]).max() <= 4  # some of the formats lose a little
+
+
+def test_half_transparent_paper_is_laid_on_white(tmp_path: Path) -> None:
+    rgba(51).save(tmp_path / "page.png")
+    assert np.abs(read_page(tmp_path / "page.png")[3, 3].astype(int) - (244, 204, 204)).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_exif_rotation_is_applied(tmp_path: Path, orientation: int) -> None:
+    upright = Image.fromarray(np.arange(96, dtype=np.uint8).reshape(8, 12) * 2)
+    turn = Image.Transpose
+    stored_by = [None, turn.FLIP_LEFT_RIGHT, turn.ROTATE_180, turn.FLIP_TOP_BOTTOM]  # what undoes orientation 1, 2, ...
+    stored_by += [turn.TRANSPOSE, turn.ROTATE_90, turn.TRANSVERSE, turn.ROTATE_270]
+    how = stored_by[orientation - 1]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (upright if how is None else upright.transpose(how)).save(tmp_path / "page.png", exif=exif)
+    assert (read_page(tmp_path / "page.png")[..., 0] == np.asarray(upright)).all()
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "page.png").write_text("no image")
+    with pytest.raises(PageError, match=r"page\.png: cannot read the image"):
+        read_page(tmp_path / "page.png")
+    with pytest.raises(PageError, match=r"none\.png"):
+        read_page(tmp_path / "none.png")
+
+
+# Augmentation
+
+
+def black_rectangle(random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A white page (420, 320, 3) with a rectangle of any proportions anywhere, and its box xyxy."""
+    page = np.full((420, 320, 3), 255, np.uint8)
+    x, y = random.integers(0, 160, 2)
+    width, height = random.integers(4, 160, 2)
+    page[y : y + height, x : x + width] = 0
+    return page, np.array([[x, y, x + width, y + height]], dtype=np.float64)
+
+
+def ink(page: np.ndarray) -> np.ndarray:
+    """The box xyxy around everything dark."""
+    dark = page.mean(-1) < 128
+    rows, columns = np.flatnonzero(dark.any(1)), np.flatnonzero(dark.any(0))
+    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+
+
+@pytest.mark.parametrize("kinds", [*((kind,) for kind in NONE), tuple(NONE)], ids=[*NONE, "all"])
+def test_boxes_follow_the_pixels(kinds: tuple[str, ...]) -> None:
+    steps = augmentation(AugmentConfig(**NONE | dict.fromkeys(kinds, 1.0)))
+    for seed in range(15):
+        page, box = black_rectangle(np.random.default_rng(seed))
+        page, labels, boxes = augment(steps, page, np.array([4]), box, seed)
+        assert labels.tolist() == [4]
+        assert np.abs(boxes[0] - ink(page)).max() <= 2
+
+
+@pytest.mark.parametrize("kind", NONE)
+def test_every_augmentation_changes_the_page(kind: str) -> None:
+    page, box = black_rectangle(np.random.default_rng(0))
+    assert (augment(augmentation(AugmentConfig(**NONE | {kind: 1.0})), page, np.array([0]), box, 1)[0] != page).any()
+
+
+def test_nothing_happens_without_augmentations_and_nothing_is_said() -> None:
+    page, box = black_rectangle(np.random.default_rng(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found, _, boxes = augment(augmentation(AugmentConfig(**NONE)), page, np.array([0]), box, 1)
+    assert (found == page).all()
+    np.testing.assert_allclose(boxes, box, atol=1e-4)
+
+
+def test_no_augmentation_cuts_off_the_edges_of_a_page() -> None:
+    page = np.full((420, 320, 3), 255, np.uint8)
+    corners = np.array([[0, 0, 9, 9], [311, 0, 320, 9], [0, 411, 9, 420], [311, 411, 320, 420]], dtype=np.float64)
+    steps = augmentation(AugmentConfig(**NONE | {"perspective_p": 1.0, "rotation_p": 1.0}))
+    for seed in range(10):
+        boxes = augment(steps, page, np.arange(4), corners, seed)[2]
+        assert len(boxes) == 4
+        assert (boxes[:, 2:] - boxes[:, :2]).min() > 6
+
+
+def test_paper_that_comes_into_view_is_white() -> None:
+    page = np.full((420, 320, 3), 255, np.uint8)
+    still = {"brightness_contrast_p": 0.0, "noise_p": 0.0}
+    for seed in range(10):
+        found = augment(augmentation(AugmentConfig(**ALL | still)), page, np.zeros(0), np.zeros((0, 4)), seed)[0]
+        assert found.min() > 250
+
+
+def test_the_seed_decides_everything() -> None:
+    page, box = black_rectangle(np.random.default_rng(0))
+    first, same, other = (augment(augmentation(AugmentConfig(**ALL)), page, np.array([0]), box, s) for s in (5, 5, 6))
+    assert (first[0] == same[0]).all()
+    assert (first[2] == same[2]).all()
+    assert (first[2] != other[2]).any()
+
+
+def test_a_blank_page_stays_a_page_without_boxes() -> None:
+    page = np.full((64, 48, 3), 255, np.uint8)
+    found, labels, boxes = augment(augmentation(AugmentConfig(**ALL)), page, np.zeros(0, np.int64), np.zeros((0, 4)), 0)
+    assert found.shape == page.shape
+    assert (labels.shape, labels.dtype, boxes.shape) == ((0,), np.int64, (0, 4))

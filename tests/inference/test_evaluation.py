@@ -1,0 +1,213 @@
+"""COCO metrics one can trust, and the script that reports them."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from coco_folder import CATEGORIES, annotation, image, write
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from tiny import shaken, tiny_config, tiny_model
+
+from dfine import distributed
+from dfine.config import Config, DataConfig, PagesConfig
+from dfine.data.batches import evaluation_loader
+from dfine.data.sources import CocoPages, read_coco
+from dfine.inference.evaluation import OFFICIAL, coco_metrics, coco_results, evaluate, find, table
+from dfine.model.detector import DFine
+from dfine.structures import Detections
+
+ROOT = Path(__file__).parents[1]
+
+
+def truth(tmp_path: Path, annotations: list[dict[str, Any]], pages: int = 2) -> dict[str, Any]:
+    return read_coco(write(tmp_path, [image(i, 300, 400) for i in range(pages)], annotations)[1])
+
+
+def found(like: list[dict[str, Any]], score: float = 0.9) -> list[dict[str, Any]]:
+    """Detections of exactly these annotations."""
+    return [{key: a[key] for key in ("image_id", "category_id", "bbox")} | {"score": score} for a in like]
+
+
+THREE = [annotation(0, [10, 10, 50, 40]), annotation(0, [80, 10, 50, 200], 3), annotation(1, [5, 5, 20, 20], 1)]
+
+
+# The metric
+
+
+def test_finding_everything_gives_1_and_classes_without_truth_do_not_count(tmp_path: Path) -> None:
+    metrics = coco_metrics(truth(tmp_path, THREE), found(THREE))
+    for name in ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "AP_300"):
+        assert metrics[name] == pytest.approx(1)
+    assert metrics["per_class"]["text"] == pytest.approx({"AP": 1, "AP50": 1})
+    assert metrics["per_class"]["table"] == pytest.approx({"AP": 1, "AP50": 1})
+    assert metrics["per_class"]["figure"] == {"AP": None, "AP50": None}
+
+
+def test_finding_nothing_gives_0(tmp_path: Path) -> None:
+    metrics = coco_metrics(truth(tmp_path, THREE), [])
+    assert {metrics[name] for name in (*OFFICIAL, "AP_300")} == {0.0}
+    assert metrics["per_class"]["text"] == {"AP": 0.0, "AP50": 0.0}
+
+
+def test_without_any_truth_there_is_nothing_to_say(tmp_path: Path) -> None:
+    metrics = coco_metrics(truth(tmp_path, []), found(THREE))
+    assert {metrics[name] for name in (*OFFICIAL, "AP_300")} == {None}
+
+
+def test_finding_a_class_on_the_wrong_page_or_under_the_wrong_name_is_wrong(tmp_path: Path) -> None:
+    other_page = [a | {"image_id": 1 - a["image_id"]} for a in THREE]
+    other_class = [a | {"category_id": 7} for a in THREE]
+    for wrong in (other_page, other_class):
+        assert coco_metrics(truth(tmp_path, THREE), found(wrong))["AP50"] == 0.0
+
+
+def test_an_annotation_with_id_0_can_be_found(tmp_path: Path) -> None:
+    assert coco_metrics(truth(tmp_path, THREE[:1]), found(THREE[:1]))["AP"] == pytest.approx(1)
+
+
+def test_boxes_in_a_crowd_are_neither_right_nor_wrong(tmp_path: Path) -> None:
+    crowd = annotation(0, [100, 100, 150, 200], iscrowd=1)
+    inside = annotation(0, [120, 120, 60, 60])
+    everything = found([inside], 0.95) + found(THREE)
+    assert coco_metrics(truth(tmp_path, [*THREE, crowd]), everything)["AP"] == pytest.approx(1)
+    assert coco_metrics(truth(tmp_path, THREE), everything)["AP"] < 0.9
+
+
+def test_ap_counts_100_boxes_of_a_class_and_page_and_ap_300_more(tmp_path: Path) -> None:
+    boxes = [annotation(0, [10 * (i % 20), 10 * (i // 20), 8, 8]) for i in range(200)]
+    metrics = coco_metrics(truth(tmp_path, boxes), found(boxes))
+    assert metrics["AR100"] == 0.5
+    assert metrics["AP"] == pytest.approx(0.5, abs=0.01)
+    assert metrics["AP_300"] == pytest.approx(1)
+
+
+def test_the_twelve_numbers_and_those_of_the_classes_are_pycocotools_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    random = np.random.default_rng(0)
+    boxes = [
+        annotation(int(random.integers(4)), [*random.uniform(0, 200, 2), *random.uniform(8, 120, 2)], int(category))
+        for category in random.choice([1, 3, 7], 60)
+    ]
+    moved = [a | {"bbox": [x + random.normal(0, 3) for x in a["bbox"]]} for a in boxes if random.random() < 0.8]
+    detections = [d | {"score": random.random()} for d in found(moved + moved[:20])]
+    ground_truth = truth(tmp_path, boxes, pages=4)
+    metrics = coco_metrics(copy.deepcopy(ground_truth), detections)
+    assert capsys.readouterr().out == ""
+
+    def official(categories: list[int]) -> list[float]:
+        reference = COCO()
+        reference.dataset = copy.deepcopy(ground_truth)
+        reference.createIndex()
+        evaluation = COCOeval(reference, reference.loadRes(copy.deepcopy(detections)), "bbox")
+        evaluation.params.catIds = categories
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        return list(evaluation.stats)
+
+    assert [metrics[name] for name in OFFICIAL] == official([1, 3, 7])
+    assert 0 < metrics["AP"] < 1
+    for category in CATEGORIES:
+        numbers = metrics["per_class"][category["name"]]
+        assert [numbers["AP"], numbers["AP50"]] == pytest.approx(official([category["id"]])[:2])
+
+
+def test_measuring_leaves_the_detections_as_they_are(tmp_path: Path) -> None:
+    detections = found(THREE)
+    coco_metrics(truth(tmp_path, THREE), detections)
+    assert detections == found(THREE)
+
+
+def test_labels_go_back_to_the_category_ids_of_the_json_and_boxes_to_xywh() -> None:
+    boxes = torch.tensor([[1.0, 2.0, 4.0, 8.0], [0.0, 0.0, 1.0 / 3.0, 1.0]])
+    results = coco_results(5, Detections(torch.tensor([0.75, 0.5]), torch.tensor([2, 0]), boxes), [1, 3, 7])
+    assert results == [
+        {"image_id": 5, "category_id": 7, "bbox": [1, 2, 3, 6], "score": 0.75},
+        {"image_id": 5, "category_id": 1, "bbox": [0, 0, 0.333, 1], "score": 0.5},
+    ]
+
+
+def test_the_table_shows_all_classes_and_a_dash_where_there_is_no_truth(tmp_path: Path) -> None:
+    lines = table(coco_metrics(truth(tmp_path, THREE), found(THREE))).splitlines()
+    assert lines[0].split() == [*OFFICIAL, "AP_300"]
+    assert lines[1].split()[0] == "1.000"
+    assert [line.split() for line in lines[-3:]] == [
+        ["text", "1.000", "1.000"],
+        ["table", "1.000", "1.000"],
+        ["figure", "-", "-"],
+    ]
+
+
+# The model on pages
+
+
+@pytest.fixture
+def pages(tmp_path: Path) -> PagesConfig:
+    """Five pages of three shapes, whose ids are not in order."""
+    shapes = {9: (90, 120), 0: (120, 90), 4: (90, 120), 2: (60, 60), 7: (90, 120)}
+    entries = [image(image_id, *size) for image_id, size in shapes.items()]
+    images, annotations = write(tmp_path / "pages", entries, [annotation(9, [5, 5, 40, 30], 3)])
+    return PagesConfig(str(images), str(annotations))
+
+
+def settings(pages: PagesConfig, batch_size: int = 2) -> Config:
+    data = DataConfig(
+        val=pages, batch_size=batch_size, workers=0, short_edges=(64,), eval_short_edge=64, max_long_edge=96
+    )
+    return Config(model=tiny_config(), data=data)
+
+
+def model() -> DFine:
+    return shaken(tiny_model()).eval()
+
+
+def test_every_page_is_found_on_once_in_the_order_of_the_json_whatever_the_batches(pages: PagesConfig) -> None:
+    source = CocoPages(pages.images, pages.annotations)
+    by_size = [
+        find(model(), evaluation_loader(source, settings(pages, size)), source) for size in (1, 2)
+    ]  # 8 queries of 3 classes: 24 detections a page
+    for results in by_size:
+        assert [r["image_id"] for r in results] == [i for i in (9, 0, 4, 2, 7) for _ in range(24)]
+        assert {r["category_id"] for r in results} <= {1, 3, 7}
+    sizes = dict(zip(source.ids, source.sizes, strict=True))
+    for one, two in zip(*by_size, strict=True):
+        assert one["score"] == pytest.approx(two["score"], abs=1e-5)
+        x, y, width, height = one["bbox"]
+        assert 0 <= x <= x + width <= sizes[one["image_id"]][1] + 1e-3
+        assert 0 <= y <= y + height <= sizes[one["image_id"]][0] + 1e-3
+
+
+def test_the_number_of_processes_makes_no_difference(pages: PagesConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = CocoPages(pages.images, pages.annotations)
+    alone = find(model(), evaluation_loader(source, settings(pages)), source)
+    shares: list[Any] = []
+
+    def gather(share: Any) -> list[Any]:
+        shares.append(share)
+        return shares
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "gather", gather)
+    by_rank = {}
+    for rank in (1, 0):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        by_rank[rank] = find(model(), evaluation_loader(source, settings(pages)), source)
+    assert sorted(image_id for share in shares for image_id in share) == sorted(source.ids)  # each page in one share
+    assert by_rank == {1: [], 0: alone}
+
+
+def test_a_detection_that_is_not_finite_is_an_error_and_names_the_image(pages: PagesConfig) -> None:
+    source = CocoPages(pages.images, pages.annotations)
+    broken = model()
+    with torch.no_grad():
+        broken.mean.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="image 9: a detection is not finite"):
+        evaluate(broken, evaluation_loader(source, settings(pages)), source)
+
+
+# evaluate.py

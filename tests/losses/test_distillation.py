@@ -1,0 +1,396 @@
+"""Distillation: the teacher's distributions in the student's frame, three losses on shared queries, and who learns."""
+
+import dataclasses
+from math import log, sqrt
+
+import pytest
+import torch
+from tiny import noised, random_boxes, shaken, target, tiny_config, tiny_model
+from torch import Tensor
+
+from dfine import distributed
+from dfine.boxes import iou
+from dfine.config import (
+    BoxDistillConfig,
+    ClassDistillConfig,
+    DistillConfig,
+    GoLsdConfig,
+    LossConfig,
+    MatcherConfig,
+)
+from dfine.losses.criterion import criterion
+from dfine.losses.distillation import active, box_distance, class_kl, class_mse, distillation, go_lsd, project
+from dfine.losses.golsd import kl_of_edges
+from dfine.model.detector import DFine
+from dfine.model.fdr import decode, expectation, weighting_function
+from dfine.structures import DFineOutput, Refinement, Target
+
+W = weighting_function(8, 0.5, 0.25)
+EVERY = {"class": 1.0, "box": 1.0, "go_lsd": 1.0}
+CONFIG, LOSS, MATCHER = DistillConfig(), LossConfig(), MatcherConfig()
+
+
+def page(*boxes: list[float]) -> Target:
+    return target(list(boxes), dtype=torch.float64)
+
+
+PAGES = [page([0.3, 0.3, 0.2, 0.2], [0.7, 0.6, 0.3, 0.2]), page([0.5, 0.5, 0.4, 0.2])]
+
+
+def refinement(layers: int = 3, bins: int = 8, w: Tensor = W) -> Refinement:
+    """Answers to 5 queries on 2 pages: boxes as the edges say, scores as they come; 3 classes."""
+    edge_logits = torch.randn(layers, 2, 5, 4, bins + 1, dtype=torch.float64)
+    frame = random_boxes(2, 5)
+    logits = torch.randn(layers, 2, 5, 3, dtype=torch.float64)
+    return Refinement(logits, decode(frame, expectation(edge_logits, w)), edge_logits, frame)
+
+
+def answers(seed: int = 0) -> tuple[Refinement, Refinement]:
+    """A student's, of three layers, and a teacher's."""
+    torch.manual_seed(seed)
+    return refinement(), refinement(layers=1)
+
+
+def losses(student: Refinement, teacher: Refinement, targets: list[Target] = PAGES, **terms: object) -> dict:
+    config = dataclasses.replace(CONFIG, **terms)
+    return distillation(student, teacher, W, W, targets, EVERY, config, MATCHER)
+
+
+# Projection: edge distributions in another frame
+
+
+def distributions(*shape: int, bins: int = 8) -> Tensor:
+    return (2 * torch.randn(*shape, 4, bins + 1, dtype=torch.float64)).softmax(-1)
+
+
+def test_in_the_same_frame_a_distribution_stays_as_it_is():
+    torch.manual_seed(0)
+    p, frame = distributions(100), random_boxes(100)
+    torch.testing.assert_close(project(p, frame, W, frame, W), p)
+
+
+def test_single_precision_is_enough_for_that():
+    torch.manual_seed(0)
+    p, frame, w = distributions(100, bins=32).float(), random_boxes(100).float(), weighting_function(32, 0.5, 0.25)
+    torch.testing.assert_close(project(p, frame, w.float(), frame, w.float()), p, atol=1e-4, rtol=0)
+
+
+def test_a_projected_distribution_is_a_distribution():
+    torch.manual_seed(0)
+    projected = project(distributions(100), random_boxes(100), W, random_boxes(100), weighting_function(16, 1.0, 0.1))
+    assert (projected >= 0).all()
+    torch.testing.assert_close(projected.sum(-1), torch.ones(100, 4, dtype=torch.float64))
+
+
+def test_the_decoded_box_stays_where_the_new_frame_reaches_all_of_it():
+    """Every place that the old frame's bins stand for lies inside the new frame's outermost bins."""
+    torch.manual_seed(0)
+    old = random_boxes(100)
+    new = torch.cat([old[:, :2] + 0.1 * old[:, 2:], 3 * old[:, 2:]], dim=-1)
+    for w in (W, weighting_function(32, 0.5, 0.25), weighting_function(6, 0.8, 0.3)):
+        p = distributions(100)
+        torch.testing.assert_close(decode(new, project(p, old, W, new, w) @ w), decode(old, p @ W))
+
+
+def test_what_lies_beyond_the_outermost_bins_is_moved_onto_them():
+    """The new frame is half as wide, with the same right edge: what was 1 width to the right is 2 now, and becomes 1.
+    The left edge, 1/2 of the new width to the left at W = 0, is in reach."""
+    sure = torch.zeros(4, 9, dtype=torch.float64)
+    sure[0, 4] = sure[1, 4] = sure[2, 8] = sure[3, 4] = 1
+    old = torch.tensor([0.5, 0.5, 0.2, 0.2], dtype=torch.float64)  # 0.4 to 0.6
+    new = torch.tensor([0.55, 0.5, 0.1, 0.2], dtype=torch.float64)  # 0.5 to 0.6
+    offsets = project(sure, old, W, new, W) @ W
+    assert offsets.tolist() == pytest.approx([1, 0, 1, 0])
+    assert decode(old, sure @ W)[0].item() == pytest.approx(0.6)  # 0.4 to 0.8
+    assert decode(new, offsets)[0].item() == pytest.approx(0.55)  # 0.4 to 0.7
+
+
+def test_a_place_between_two_bins_is_shared_by_them():
+    """The frame moves right by half a bin: the sure edge at W(4) = 0 now lies between two bins on either side."""
+    step = W[5].item() / 2
+    sure = torch.nn.functional.one_hot(torch.full((4,), 4), 9).double()
+    old = torch.tensor([0.5, 0.5, 0.2, 0.2], dtype=torch.float64)
+    new = old + torch.tensor([step * 0.2, 0, 0, 0], dtype=torch.float64)
+    left, top, right, bottom = project(sure, old, W, new, W)
+    half = torch.tensor(0.5, dtype=torch.float64)
+    torch.testing.assert_close(left[4:6], half.expand(2))  # the left edge is to the left of the new frame's
+    torch.testing.assert_close(right[3:5], half.expand(2))
+    torch.testing.assert_close(torch.stack([top, bottom]), sure[:2])
+
+
+def test_bin_by_bin_two_models_distributions_would_mean_other_boxes():
+    """Why there is a projection: two guesses of the same box, one of them read in the other's frame."""
+    torch.manual_seed(0)
+    truth = random_boxes(200)
+    guess, other = (decode(truth, 0.4 * torch.rand_like(truth) - 0.2) for _ in range(2))
+    p = (torch.randn(200, 4, 9, dtype=torch.float64) - 8 * W.abs()).softmax(-1)
+    box = decode(guess, p @ W)
+    assert iou(decode(other, p @ W), box).mean() < 0.75
+    assert iou(decode(other, project(p, guess, W, other, W) @ W), box).mean() > 0.99
+
+
+# Classes and boxes
+
+
+def test_the_divergence_of_a_sure_score_from_an_undecided_one_is_ln_2():
+    teacher, student = torch.tensor([[[100.0, -100.0]]]), torch.zeros(3, 1, 1, 2)
+    assert class_kl(teacher, student, temperature=1).tolist() == pytest.approx([2 * log(2)] * 3)
+
+
+def test_the_teacher_comes_first_and_the_temperature_softens_both():
+    """At T = 2 the odds are 3 to 1 and 1 to 1: T^2 (3/4 ln 3/2 + 1/4 ln 1/2)."""
+    teacher, student = torch.full((1, 1, 1), 2 * log(3)), torch.zeros(1, 1, 1, 1)
+    expected = 4 * (0.75 * log(1.5) + 0.25 * log(0.5))
+    assert class_kl(teacher, student, temperature=2).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_class_divergence_pulls_scores_towards_the_teachers():
+    """Its gradient is T (sigmoid(student / T) - sigmoid(teacher / T))."""
+    torch.manual_seed(0)
+    teacher, student = torch.randn(2, 5, 3).double(), torch.randn(3, 2, 5, 3).double().requires_grad_()
+    class_kl(teacher, student, temperature=2).sum().backward()
+    torch.testing.assert_close(student.grad, 2 * ((student.detach() / 2).sigmoid() - (teacher / 2).sigmoid()))
+
+
+def test_mse_compares_probabilities():
+    teacher, student = torch.tensor([[[100.0, -100.0]]]), torch.zeros(3, 1, 1, 2)
+    assert class_mse(teacher, student).tolist() == [0.5] * 3
+
+
+def test_box_distances_weigh_the_teachers_confidence():
+    """One query is off by 0.1 in each of four numbers, the other by 0.2 in one."""
+    teacher = torch.full((1, 2, 4), 0.5)
+    student = teacher + torch.tensor([[0.1, 0.1, -0.1, -0.1], [0, 0, 0, 0.2]])
+    student, confidence = student.expand(3, -1, -1, -1), torch.tensor([[0.5, 0.25]])
+    l1, mse = (box_distance(teacher, student, confidence, squared) for squared in (False, True))
+    assert l1.tolist() == pytest.approx([0.5 * 0.4 + 0.25 * 0.2] * 3)
+    assert mse.tolist() == pytest.approx([0.5 * 0.04 + 0.25 * 0.04] * 3)
+
+
+def test_classes_are_divided_by_the_number_of_boxes_and_boxes_by_the_confidences():
+    student, teacher = answers()
+    terms = losses(student, teacher)
+    confidence = teacher.logits[-1].sigmoid().amax(-1)
+    sums = box_distance(teacher.boxes[-1], student.boxes, confidence, squared=False)
+    torch.testing.assert_close(terms["distill_class"], class_kl(teacher.logits[-1], student.logits, 1.0) / 3)
+    torch.testing.assert_close(terms["distill_box"], sums / confidence.sum())
+
+
+def test_the_kinds_of_loss_are_the_configs():
+    student, teacher = answers()
+    terms = losses(student, teacher, classes=ClassDistillConfig(loss="mse"), boxes=BoxDistillConfig(loss="mse"))
+    confidence = teacher.logits[-1].sigmoid().amax(-1)
+    sums = box_distance(teacher.boxes[-1], student.boxes, confidence, squared=True)
+    torch.testing.assert_close(terms["distill_class"], class_mse(teacher.logits[-1], student.logits) / 3)
+    torch.testing.assert_close(terms["distill_box"], sums / confidence.sum())
+
+
+# GO-LSD across models
+
+
+def test_go_lsd_is_ddf_against_the_projected_distributions():
+    """Query by query: T^2 KL a quarter, weighted; matched and unmatched apart; roots of their numbers."""
+    student, teacher = answers()
+    logits, boxes = teacher.logits[-1], teacher.boxes[-1]
+    boxes[0, 1], boxes[0, 4], boxes[1, 2] = PAGES[0].boxes[0], PAGES[0].boxes[1] + 0.02, PAGES[1].boxes[0]
+    logits[0, 1, 0] = logits[0, 4, 0] = logits[1, 2, 0] = 3  # so that these are the teacher's matches
+    matched = {(0, 1): PAGES[0].boxes[0], (0, 4): PAGES[0].boxes[1], (1, 2): PAGES[1].boxes[0]}
+    p = (teacher.edge_logits[-1] / 5).softmax(-1)
+    kl = kl_of_edges(project(p, teacher.initial_boxes, W, student.initial_boxes, W), student.edge_logits, 5)
+    sums = {True: 0, False: 0}
+    for place in ((i, q) for i in range(2) for q in range(5)):
+        truth = matched.get(place)
+        weight = logits[place].sigmoid().max() if truth is None else iou(boxes[place], truth)
+        sums[truth is not None] += weight * kl[:, *place] / 4
+    expected = (sums[True] / 3 * sqrt(3) + sums[False] / 7 * sqrt(7)) / (sqrt(3) + sqrt(7))
+    torch.testing.assert_close(go_lsd(student, teacher, W, W, PAGES, 5, MATCHER), expected)
+
+
+def test_go_lsd_leads_the_student_to_the_teachers_boxes_whatever_its_frame_and_bins():
+    """Edge logits that minimise it, in the student's own frame of 12 bins, decode to the teacher's boxes."""
+    torch.manual_seed(0)
+    w = weighting_function(12, 0.6, 0.3)
+    teacher, student = refinement(layers=1), refinement(bins=12, w=w)
+    frame = teacher.initial_boxes * torch.tensor([1, 1, 1.3, 1.3], dtype=torch.float64)
+    edge_logits = torch.zeros_like(student.edge_logits, requires_grad=True)
+    optimizer = torch.optim.Adam([edge_logits], lr=0.1)
+    for _ in range(200):
+        optimizer.zero_grad()
+        own = student._replace(edge_logits=edge_logits, initial_boxes=frame)
+        go_lsd(own, teacher, w, W, PAGES, 1.0, MATCHER).sum().backward()
+        optimizer.step()
+    boxes = decode(frame, expectation(edge_logits.detach(), w))
+    assert iou(boxes, teacher.boxes.expand_as(boxes)).min() > 0.97
+
+
+def test_why_the_temperature_is_1():
+    """A student that agrees with the softened distribution at T = 5, and is then read at T = 1, has another box."""
+    torch.manual_seed(0)
+    frame, w = random_boxes(200), weighting_function(32, 0.5, 0.25)
+    new = decode(frame, 0.2 * torch.rand_like(frame) - 0.1)
+    edge_logits = torch.randn(200, 4, 33, dtype=torch.float64) - 10 * (w - 0.1).abs()
+    box = decode(frame, expectation(edge_logits, w))
+
+    def agreeing(temperature: float) -> Tensor:
+        p = project((edge_logits / temperature).softmax(-1), frame, w, new, w)
+        return iou(decode(new, expectation(temperature * p.clamp(min=1e-30).log(), w)), box).mean()
+
+    assert agreeing(1) > 0.999
+    assert agreeing(5) < 0.9
+
+
+# What counts, and when
+
+
+def test_every_term_has_its_weight_times_alpha():
+    config = DistillConfig("", 0.5, 1.0, ClassDistillConfig(2), BoxDistillConfig(3), GoLsdConfig(4))
+    assert active(config, epoch=0) == {"class": 1, "box": 1.5, "go_lsd": 2}
+
+
+def test_terms_without_weight_are_left_out():
+    assert active(DistillConfig(alpha=0), epoch=0) == {}
+    assert active(DistillConfig(boxes=BoxDistillConfig(weight=0)), epoch=0).keys() == {"class", "go_lsd"}
+
+
+def test_go_lsd_waits_for_its_epoch():
+    config = DistillConfig(go_lsd=GoLsdConfig(start_epoch=1.5))
+    assert [epoch for epoch in (0, 1, 1.49, 1.5, 2) if "go_lsd" in active(config, epoch)] == [1.5, 2]
+
+
+def test_weights_scale_their_own_terms_and_the_rest_is_not_computed():
+    student, teacher = answers()
+    once = losses(student, teacher)
+    assert {name: tuple(loss.shape) for name, loss in once.items()} == dict.fromkeys(
+        ("distill_class", "distill_box", "distill_go_lsd"), (3,)
+    )
+    for term in EVERY:
+        twice = distillation(student, teacher, W, W, PAGES, {term: 2.0}, CONFIG, MATCHER)
+        assert twice.keys() == {f"distill_{term}"}
+        torch.testing.assert_close(twice[f"distill_{term}"], 2 * once[f"distill_{term}"])
+
+
+# Empty pages, several processes, what goes wrong
+
+
+def test_empty_pages_are_distilled_like_others_and_nothing_is_nan():
+    student, teacher = answers()
+    edge_logits = student.edge_logits.requires_grad_()
+    terms = losses(student, teacher, [page(), page()])
+    assert all((term > 0).all() for term in terms.values())
+    assert torch.autograd.grad(terms["distill_go_lsd"].sum(), edge_logits)[0].isfinite().all()
+
+
+def test_equal_processes_give_what_one_gives(monkeypatch: pytest.MonkeyPatch):
+    student, teacher = answers()
+    alone = losses(student, teacher)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "sum_over_processes", lambda count: 3 * count)
+    torch.testing.assert_close(losses(student, teacher), alone)
+
+
+def test_beside_a_process_without_boxes_each_box_counts_twice(monkeypatch: pytest.MonkeyPatch):
+    student, teacher = answers()
+    alone = losses(student, teacher)["distill_class"]
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "sum_over_processes", lambda count: count)
+    torch.testing.assert_close(losses(student, teacher)["distill_class"], 2 * alone)
+
+
+def test_a_teacher_that_answers_nan_is_stopped_with_the_image():
+    student, teacher = answers()
+    teacher.logits[-1, 1] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"the teacher's answer: .* image 7"):
+        losses(student, teacher, [PAGES[0], PAGES[1]._replace(image_id=7)])
+
+
+# With models
+
+
+def images() -> Tensor:
+    torch.manual_seed(2)
+    return torch.rand(2, 3, 64, 96)
+
+
+def asked(student: DFine, teacher: DFine) -> tuple[DFineOutput, DFineOutput]:
+    """The student's output, the teacher's queries answered as well, and the teacher's."""
+    with torch.no_grad():
+        taught = teacher(images())
+    return student(images(), shared=taught.queries), taught
+
+
+def distilled(student: DFine, teacher: DFine, config: DistillConfig = CONFIG) -> dict[str, Tensor]:
+    output, taught = asked(student, teacher)
+    w = (student.decoder.w, teacher.decoder.w)
+    targets = [target([[0.3, 0.3, 0.2, 0.2]]), target([[0.6, 0.5, 0.4, 0.2]])]
+    return distillation(output.shared, taught.refined, *w, targets, active(config, 0), config, MATCHER)
+
+
+def test_a_student_that_equals_its_teacher_has_nothing_to_learn():
+    """In evaluation mode, where both answer with their last layers."""
+    model = shaken(tiny_model()).eval()
+    for kind, boxes in (("kl", "l1"), ("mse", "mse")):
+        config = DistillConfig(classes=ClassDistillConfig(loss=kind), boxes=BoxDistillConfig(loss=boxes))
+        terms = distilled(model, model, config)
+        assert {name: loss.tolist() for name, loss in terms.items()} == {
+            name: pytest.approx([0], abs=1e-5) for name in ("distill_class", "distill_box", "distill_go_lsd")
+        }
+    other = distilled(shaken(tiny_model(), 0.2).eval(), model)
+    assert all(loss.item() > 1e-3 for loss in other.values())
+
+
+def test_gradients_never_reach_the_teacher():
+    """Even if nobody froze it."""
+    student, teacher = tiny_model(), shaken(tiny_model()).eval()
+    taught = teacher(images())
+    output = student(images(), shared=taught.queries)
+    w = (student.decoder.w, teacher.decoder.w)
+    targets = [target([[0.3, 0.3, 0.2, 0.2]])] * 2
+    terms = distillation(output.shared, taught.refined, *w, targets, EVERY, CONFIG, MATCHER)
+    sum(loss.sum() for loss in terms.values()).backward()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert any(parameter.grad is not None for parameter in student.parameters())
+
+
+def test_the_ordinary_losses_do_not_notice_the_shared_queries():
+    student, teacher = shaken(tiny_model()), shaken(tiny_model(), 0.2).eval()
+    targets = [target([[0.3, 0.3, 0.2, 0.2]]), target([])]
+    noise = noised(targets)
+    plain = criterion(student(images(), noised=noise), targets, student.decoder.w, LOSS)
+    shared = student(images(), noised=noise, shared=teacher(images()).queries)
+    for name, loss in criterion(shared, targets, student.decoder.w, LOSS).items():
+        assert torch.equal(loss, plain[name])
+
+
+def test_any_widths_layers_queries_and_bins_go_together():
+    torch.manual_seed(0)
+    small = dataclasses.replace(tiny_config(layers=2, queries=5, bins=6, a=0.6, heads=2), hidden_dim=16)
+    small = dataclasses.replace(small, encoder=dataclasses.replace(small.encoder, heads=2))
+    terms = distilled(shaken(DFine(small, 3)), shaken(tiny_model()).eval())
+    assert all(loss.shape == (2,) and loss.isfinite().all() for loss in terms.values())
+
+
+def test_losses_are_in_single_precision_under_autocast():
+    student, teacher = tiny_model(), shaken(tiny_model()).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        output, taught = asked(student, teacher)
+    w = (student.decoder.w, teacher.decoder.w)
+    terms = distillation(output.shared, taught.refined, *w, [target([])] * 2, EVERY, CONFIG, MATCHER)
+    assert all(loss.dtype == torch.float32 and loss.isfinite().all() for loss in terms.values())
+
+
+def test_a_student_learns_from_its_teacher_alone():
+    """No truth, only the distilled terms, each of which falls; the teacher stays as it is."""
+    teacher = shaken(tiny_model()).eval().requires_grad_(False)
+    student = tiny_model(layers=2)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
+    history = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        terms = distilled(student, teacher)
+        sum(loss.sum() for loss in terms.values()).backward()
+        optimizer.step()
+        history.append({name: loss.sum().item() for name, loss in terms.items()})
+    for name, first in history[0].items():
+        assert history[-1][name] < 0.8 * first, name
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())

@@ -1,0 +1,134 @@
+"""The backbone: any timm model that has maps at the configured strides; what it lacks it says by name."""
+
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import timm
+import torch
+
+from dfine.config import BackboneConfig, ConfigError
+from dfine.model.backbone import Backbone
+
+
+def untrained(name: str, strides: tuple[int, ...] = (8, 16, 32)) -> Backbone:
+    torch.manual_seed(0)
+    return Backbone(BackboneConfig(name=name, pretrained=False), strides)
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("convnext_atto", [80, 160, 320]),
+        ("convnextv2_atto", [80, 160, 320]),
+        ("resnet18", [128, 256, 512]),
+        ("hgnetv2_b0", [256, 512, 1024]),
+    ],
+)
+def test_any_family_gives_maps_at_the_strides_with_the_channels_it_says(name: str, channels: list[int]):
+    backbone = untrained(name)
+    assert backbone.channels == channels
+    with torch.no_grad():
+        maps = backbone(torch.rand(1, 3, 64, 96))
+    sizes = [(8, 12), (4, 6), (2, 3)]
+    assert [tuple(x.shape) for x in maps] == [(1, c, *size) for c, size in zip(channels, sizes, strict=True)]
+
+
+def test_stages_behind_the_last_stride_are_dropped():
+    """They would be parameters without a gradient, which a distributed run waits for in vain."""
+    backbone = untrained("test_convnext", strides=(8, 16))
+    assert backbone.channels == [32, 48]
+    maps = backbone(torch.rand(1, 3, 64, 64))
+    assert [x.shape[-1] for x in maps] == [8, 4]
+    sum(x.sum() for x in maps).backward()
+    assert all(parameter.grad is not None for parameter in backbone.parameters())
+
+
+def test_a_stride_may_be_left_out():
+    maps = untrained("test_convnext", strides=(4, 32))(torch.rand(1, 3, 64, 64))
+    assert [x.shape[-1] for x in maps] == [16, 2]
+
+
+def test_mean_and_std_are_those_the_weights_were_trained_with():
+    assert untrained("convnext_atto").mean == (0.485, 0.456, 0.406)  # ImageNet's
+    assert untrained("convnext_atto").std == (0.229, 0.224, 0.225)
+    assert untrained("test_convnext").mean == untrained("test_convnext").std == (0.5, 0.5, 0.5)
+
+
+def test_checkpointing_trades_time_for_memory_and_changes_no_gradient():
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        backbone = Backbone(BackboneConfig("test_convnext", pretrained=False, checkpointing=checkpointing), (8, 16, 32))
+        sum(x.square().sum() for x in backbone(torch.linspace(0, 1, 3 * 64 * 64).view(1, 3, 64, 64))).backward()
+        gradients.append([parameter.grad for parameter in backbone.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+def test_weights_can_come_from_a_local_file(tmp_path: Path):
+    torch.manual_seed(1)
+    model = timm.create_model("test_convnext", pretrained=False)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    backbone = Backbone(BackboneConfig("test_convnext", weights=str(tmp_path / "weights.pth")), (8, 16, 32))
+    assert torch.equal(backbone.body.stem_0.weight, model.stem[0].weight)
+
+
+# What goes wrong
+
+
+def test_a_missing_stride_is_named_with_those_there_are():
+    with pytest.raises(ConfigError, match=r"model.strides: test_convnext has strides \[4, 8, 16, 32\], but not \[64\]"):
+        untrained("test_convnext", strides=(16, 32, 64))
+
+
+@pytest.mark.parametrize(("name", "proposed"), [("convnext_ato", "convnext_atto"), ("dinov3", "vit_base_.*_dinov3")])
+def test_an_unknown_name_is_answered_with_similar_ones(name: str, proposed: str):
+    with pytest.raises(ConfigError, match=rf"model.backbone.name: .* no model '{name}'; similar: .*{proposed}"):
+        untrained(name)
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_an_unknown_tag_is_answered_with_the_known_ones(pretrained: bool):
+    with pytest.raises(ConfigError, match=r"no 'convnext_atto\.in99k'; known: convnext_atto\.d2_in1k"):
+        Backbone(BackboneConfig("convnext_atto.in99k", pretrained=pretrained), (8, 16, 32))
+
+
+def test_weights_that_cannot_be_fetched_are_named_with_the_file_to_fetch_and_the_key(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError) as caught:
+        Backbone(BackboneConfig("test_convnext.r160_in1k"), (8, 16, 32))
+    assert "model.safetensors of timm/test_convnext.r160_in1k" in str(caught.value)
+    assert "model.backbone.weights=PATH" in str(caught.value)
+    assert "model.backbone.pretrained=false" in str(caught.value)
+
+
+def test_a_weights_file_that_is_not_there_is_named():
+    with pytest.raises(ConfigError, match=r"model.backbone.weights: cannot load nowhere.safetensors"):
+        Backbone(BackboneConfig("test_convnext", weights="nowhere.safetensors"), (8, 16, 32))
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path):
+    other = timm.create_model("test_convnext2", pretrained=False)
+    torch.save(other.state_dict(), tmp_path / "other.pth")
+    with pytest.raises(ConfigError, match=r"model.backbone.weights: cannot load .*other.pth into test_convnext"):
+        Backbone(BackboneConfig("test_convnext", weights=str(tmp_path / "other.pth")), (8, 16, 32))
+
+
+def test_a_model_without_published_weights_says_so():
+    with pytest.raises(ConfigError, match=r"model.backbone.pretrained: timm has no weights for resnet50t"):
+        Backbone(BackboneConfig("resnet50t"), (8, 16, 32))
+
+
+def test_checkpointing_is_refused_where_timm_has_none():
+    with pytest.raises(ConfigError, match=r"model\.backbone\.checkpointing: timm offers none .* test_vit"):
+        Backbone(BackboneConfig("test_vit", pretrained=False, checkpointing=True), (16,))
+
+
+def test_maps_with_channels_behind_come_out_with_channels_first():
+    backbone = untrained("mambaout_femto")
+    shapes = [x.shape for x in backbone(torch.rand(1, 3, 64, 96))]
+    assert shapes == [(1, c, 64 // s, 96 // s) for c, s in zip(backbone.channels, (8, 16, 32), strict=True)]

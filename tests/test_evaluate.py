@@ -1,0 +1,98 @@
+"""evaluate.py as users start it."""
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from coco_folder import CATEGORIES, annotation, image, write
+from pycocotools.coco import COCO
+from tiny import shaken, tiny_config, tiny_model
+
+from dfine.checkpoints import ours
+from dfine.config import Config, ConfigError, DataConfig, PagesConfig
+from dfine.data.sources import CocoPages
+from dfine.inference.evaluation import OFFICIAL, table
+from dfine.model.detector import DFine
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def pages(tmp_path: Path) -> PagesConfig:
+    """Five pages of three shapes, whose ids are not in order."""
+    shapes = {9: (90, 120), 0: (120, 90), 4: (90, 120), 2: (60, 60), 7: (90, 120)}
+    entries = [image(image_id, *size) for image_id, size in shapes.items()]
+    images, annotations = write(tmp_path / "pages", entries, [annotation(9, [5, 5, 40, 30], 3)])
+    return PagesConfig(str(images), str(annotations))
+
+
+def settings(pages: PagesConfig, batch_size: int = 2) -> Config:
+    data = DataConfig(
+        val=pages, batch_size=batch_size, workers=0, short_edges=(64,), eval_short_edge=64, max_long_edge=96
+    )
+    return Config(model=tiny_config(), data=data)
+
+
+def model() -> DFine:
+    return shaken(tiny_model()).eval()
+
+
+@pytest.fixture
+def best(pages: PagesConfig, tmp_path: Path) -> Path:
+    source = CocoPages(pages.images, pages.annotations)
+    (tmp_path / "run").mkdir()
+    content = ours.weights(settings(pages), source.categories, model())
+    ours.save(tmp_path / "run" / "best.pt", content)
+    return tmp_path / "run" / "best.pt"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT))
+    import evaluate as script
+
+    def run(*arguments: object) -> None:
+        monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, arguments)])
+        script.main()
+
+    return run
+
+
+def test_the_script_writes_metrics_and_detections_beside_the_checkpoint(
+    best: Path, pages: PagesConfig, script: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script("--checkpoint", best)
+    metrics = json.loads((best.parent / "metrics.json").read_text())
+    assert set(metrics) == {*OFFICIAL, "AP_300", "per_class"}
+    assert table(metrics) in capsys.readouterr().out
+    results = COCO(pages.annotations).loadRes(str(best.parent / "detections.json"))
+    assert len(results.getAnnIds()) == 5 * 24
+
+
+def test_overrides_of_the_script_win_over_the_checkpoint(best: Path, tmp_path: Path, script: Any) -> None:
+    images, annotations = write(tmp_path / "other", [image(1)], [])
+    others = [f"data.val.images={images}", f"data.val.annotations={annotations}"]
+    script("--checkpoint", best, f"run_dir={tmp_path / 'elsewhere'}", *others)
+    results = json.loads((tmp_path / "elsewhere" / "detections.json").read_text())
+    assert {result["image_id"] for result in results} == {1}
+    assert not (best.parent / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("other", [{"id": 3, "name": "list"}, {"id": 2, "name": "table"}])
+def test_a_json_with_other_categories_is_refused_and_both_are_named(
+    best: Path, tmp_path: Path, script: Any, other: dict[str, Any]
+) -> None:
+    categories = [category for category in CATEGORIES if category["name"] != "table"] + [other]
+    images, annotations = write(tmp_path / "other", [image(1)], [], categories)
+    pattern = rf"{other['id']}, 'name': '{other['name']}'.* knows .*3, 'name': 'table'"
+    with pytest.raises(ConfigError, match=pattern):
+        script("--checkpoint", best, f"data.val.images={images}", f"data.val.annotations={annotations}")
+
+
+def test_a_mistake_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--checkpoint", str(tmp_path / "none.pt")])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
+    assert stopped.value.code == f"error: {tmp_path / 'none.pt'}: no such checkpoint"

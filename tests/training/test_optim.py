@@ -1,0 +1,74 @@
+"""Optimizers, what they train, and the average of the weights."""
+
+import pytest
+import torch
+from timm.utils import ModelEmaV3
+from tiny import shaken, tiny_model
+
+from dfine.config import TrainConfig
+from dfine.training.optim import Average, optimizer, parameter_groups, set_learning_rate
+
+
+def test_the_average_is_timms_though_it_lists_the_tensors_only_once():
+    model = tiny_model()
+    ours = Average(model, TrainConfig(ema_decay=0.9))
+    timms = ModelEmaV3(model, decay=0.9, use_warmup=True, warmup_power=0.75)
+    for step in range(3):
+        shaken(model)
+        model(torch.rand(1, 3, 64, 64))  # moves the running statistics and their counters
+        for average in (ours, timms):
+            average.update(model, step)
+    assert ours.module.state_dict().keys() == timms.module.state_dict().keys()
+    for name, value in timms.module.state_dict().items():
+        assert torch.equal(ours.module.state_dict()[name], value), name
+
+
+def test_the_average_goes_on_from_loaded_weights():
+    model = tiny_model()
+    average = Average(model, TrainConfig(ema_decay=0.9))
+    average.module.load_state_dict({name: torch.zeros_like(x) for name, x in model.state_dict().items()})
+    average.update(model, 1000)
+    weight = model.decoder.position[0].weight
+    torch.testing.assert_close(average.module.decoder.position[0].weight, 0.1 * weight)
+
+
+def test_norms_and_biases_do_not_decay_and_classes_keep_adamw():
+    model = tiny_model()
+    groups = {group["name"]: group for group in parameter_groups(model, TrainConfig(muon_factor=10))}
+    shapes = {name: [parameter.dim() for parameter in group["params"]] for name, group in groups.items()}
+    assert all(dims > 1 for name in ("backbone", "head", "classes") for dims in shapes[name])
+    assert all(dims == 1 for name in ("backbone, no decay", "head, no decay") for dims in shapes[name])
+    assert {name for name, group in groups.items() if group["weight_decay"] == 0} == {
+        "backbone, no decay",
+        "head, no decay",
+    }
+    assert {name for name, group in groups.items() if group["use_fallback"]} == {
+        "backbone, no decay",
+        "head, no decay",
+        "classes",
+    }
+    assert sum(map(len, shapes.values())) == len(list(model.parameters()))
+
+
+def test_muon_moves_matrices_along_orthogonal_directions_and_leaves_the_rest_to_adamw():
+    config = TrainConfig(muon_factor=10, weight_decay=0)
+    torch.manual_seed(0)
+    model = tiny_model()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    muon = optimizer(model, config)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    gradient = model.selection.project.weight.grad.clone()
+    set_learning_rate(muon, 1e-3)
+    muon.step()
+    moved = {name: before[name] - parameter.detach() for name, parameter in model.named_parameters()}
+    given, taken = torch.linalg.svdvals(gradient), torch.linalg.svdvals(moved["selection.project.weight"])
+    assert taken.max() / taken.min() < 0.1 * given.max() / given.min()
+    assert taken.max() / taken.median() < 0.7 * given.max() / given.median()
+    assert moved["selection.project.weight"].square().mean().sqrt() == pytest.approx(0.2 * 10 * 1e-3, rel=0.25)
+    for name in ("selection.class_head.weight", "selection.norm.bias"):  # AdamW's first step is the same everywhere
+        torch.testing.assert_close(moved[name].abs(), torch.full_like(moved[name], 1.9e-3), rtol=1e-2, atol=0)
+
+
+def test_without_a_factor_there_is_no_muon():
+    assert isinstance(optimizer(tiny_model(), TrainConfig()), torch.optim.AdamW)
