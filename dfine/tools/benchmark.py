@@ -1,9 +1,10 @@
-"""How long a step takes, part by part: `python -m dfine.benchmark [--json FILE] [--peer] [key=value ...]`.
+"""How long a step takes, part by part: `python -m dfine.tools.benchmark [--json FILE] [--peer] [key=value ...]`.
 
 Times are medians over repeats after a warm-up, with the lowest and the highest tenth. Training runs as in train.py: in
 bf16 on a GPU, and with `train.bf16_cpu=true` on a CPU. Pages are noise with random boxes of random classes: only
 matching asks what is on them. Without `--config` the model is the default one around a ConvNeXt-T; weights are always
-random. `--peer` adds a comparison with the D-FINE of `transformers` (the extra `bench`), see `dfine.peer`.
+random. `--peer` adds a comparison with the D-FINE of `transformers` (the extra `bench`), see `dfine.tools.peer`.
+With `distill.teacher=PATH` it also says what a step of distill.py costs beside one of train.py.
 """
 
 import argparse
@@ -12,7 +13,9 @@ import platform
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any
@@ -22,16 +25,29 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dfine import config as configs
-from dfine.config import Config
+from dfine.checkpoints.ours import load_model, load_teacher
+from dfine.config import Config, ConfigError
 from dfine.data.batches import train_loader
 from dfine.data.sources import open_source
 from dfine.data.synthetic.pages import write_folder
 from dfine.losses.criterion import stack
+from dfine.losses.distillation import active
 from dfine.losses.matcher import match
 from dfine.model.denoising import freshly_noised
 from dfine.model.detector import DFine, detect
 from dfine.tools.stopwatch import Stopwatch, measure, spread
-from dfine.tools.workload import CLASSES, Case, answers, built, finish, made_up, step, total_loss
+from dfine.tools.workload import (
+    CLASSES,
+    Case,
+    answers,
+    built,
+    distilled_loss,
+    distilled_step,
+    finish,
+    made_up,
+    step,
+    total_loss,
+)
 from dfine.training import optim
 from dfine.training.engine import autocast
 
@@ -72,24 +88,48 @@ def inference(settings: Config, case: Case, device: torch.device, repeats: int) 
     return times
 
 
-def memory(settings: Config, case: Case, device: torch.device) -> float:
+def distilled(settings: Config, case: Case, device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """Rows on a step with the teacher of `distill.teacher`, in turns with a step without it."""
+    if not active(settings.distill, settings.distill.go_lsd.start_epoch):
+        raise ConfigError("distill: no term has a weight, so there is nothing to measure")
+    categories = load_model(settings.distill.teacher)[2]
+    teacher = load_teacher(settings, "the student", categories).to(device).to(memory_format=torch.channels_last)
+    model = built(settings, case.queries, device, len(categories)).train()
+    batch = made_up(case, device, len(categories))
+    optimizer = optim.optimizer(model, settings.train)
+
+    def both(watch: Stopwatch) -> None:
+        distilled_step(model, teacher, optimizer, batch, settings, watch)
+        step(model, optimizer, batch, settings, watch)
+
+    times = measure(both, device, repeats)
+    asked = times["of which the teacher's forward pass"]
+    whole = [teachers + rest for teachers, rest in zip(asked, times["rest"], strict=True)]
+    plain = [everything - distilled for everything, distilled in zip(times["whole"], whole, strict=True)]
+    ratios = [with_teacher / without for with_teacher, without in zip(whole, plain, strict=True)]
+    rows = [row("distillation step", "ms", whole), row("of which the teacher's forward pass", "ms", asked)]
+    rows.append(row("distillation step, in training steps", "x", ratios))
+    loss = partial(distilled_loss, model, teacher, batch, settings, Stopwatch(device))
+    return [*rows, row(f"memory of a distillation step, {kind(device)}", "MiB", [memory(model, loss, settings)])]
+
+
+def memory(model: DFine, loss_of: Callable[[], Tensor], settings: Config) -> float:
     """MiB of a training step: on a GPU its peak, on a CPU what the forward pass keeps for the backward pass."""
-    model, batch = built(settings, case.queries, device).train(), made_up(case, device)
     kept: dict[int, int] = {}
 
     def keep(x: Tensor) -> Tensor:
         kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    if device.type == "cuda":
+    if model.mean.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         optimizer = optim.optimizer(model, settings.train)
         for _ in range(2):  # the optimizer's state comes with the first step
-            total_loss(model, answers(model, batch, settings), batch, settings).backward()
+            loss_of().backward()
             finish(model, optimizer, settings.train.clip)
         return torch.cuda.max_memory_allocated() / 2**20
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        loss = total_loss(model, answers(model, batch, settings), batch, settings)
+        loss = loss_of()
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     del loss  # until here nothing that was kept could be freed, so that no address comes twice
     return sum(size for address, size in kept.items() if address not in weights) / 2**20
@@ -162,16 +202,27 @@ def profile(settings: Config, case: Case, device: torch.device, repeats: int, ra
     times = data_loading(settings, case, repeats)
     times |= training(settings, case, device, repeats)
     times |= inference(settings, case, device, repeats)
-    rows: list[dict[str, Any]] = []
-    for part, spans in times.items():
-        median, low, high = spread(spans)
-        rows.append({"part": part, "unit": "ms", "median": median, "low": low, "high": high})
-    kind = "peak" if device.type == "cuda" else "kept for the backward pass"
-    rows.append({"part": f"memory of a training step, {kind}", "unit": "MiB", "median": memory(settings, case, device)})
+    rows = [row(part, "ms", spans) for part, spans in times.items()]
+    model, batch = built(settings, case.queries, device).train(), made_up(case, device)
+    kept = memory(model, lambda: total_loss(model, answers(model, batch, settings), batch, settings), settings)
+    rows.append(row(f"memory of a training step, {kind(device)}", "MiB", [kept]))
     seconds = 1e-3 * spread(times["training step"])[0]
     share = 100 * step_flops(settings, case) / seconds / rate
-    rows.append({"part": f"training step, of {rate / 1e12:.2f} measured TFLOP/s", "unit": "%", "median": share})
-    return [{**case._asdict(), **row} for row in rows]
+    rows.append(row(f"training step, of {rate / 1e12:.2f} measured TFLOP/s", "%", [share]))
+    if settings.distill.teacher:
+        rows += distilled(settings, case, device, repeats)
+    return [{**case._asdict(), **part} for part in rows]
+
+
+def row(part: str, unit: str, values: list[float]) -> dict[str, Any]:
+    """Median and tenths of what was measured."""
+    median, low, high = spread(values)
+    return {"part": part, "unit": unit, "median": median, "low": low, "high": high}
+
+
+def kind(device: torch.device) -> str:
+    """What `memory` measures."""
+    return "peak" if device.type == "cuda" else "kept for the backward pass"
 
 
 def table(report: dict[str, Any]) -> str:
@@ -183,8 +234,9 @@ def table(report: dict[str, Any]) -> str:
     for case, rows in groupby(report["parts"], case_of):
         lines += [f"| {case} | median | tenths |", "|---|---|---|"]
         for row in rows:
-            tenths = f"{row['low']:.1f} to {row['high']:.1f}" if "low" in row else ""
-            lines.append(f"| {row['part']} | {row['median']:.1f} {row['unit']} | {tenths} |")
+            digits = ".2f" if row["unit"] == "x" else ".1f"
+            tenths = f"{row['low']:{digits}} to {row['high']:{digits}}"
+            lines.append(f"| {row['part']} | {row['median']:{digits}} {row['unit']} | {tenths} |")
         lines.append("")
     for case, rows in groupby(report["peer"], case_of):
         lines += [f"| {case} | ours, ms | theirs, ms | ratio | tenths |", "|---|---|---|---|---|"]

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from dfine import config as configs
 from dfine.config import Config
 from dfine.losses.criterion import criterion
+from dfine.losses.distillation import active, distillation
 from dfine.model.denoising import freshly_noised
 from dfine.model.detector import DFine
-from dfine.structures import Batch, DFineOutput, Target
+from dfine.structures import Batch, DFineOutput, Queries, Target
 from dfine.tools.stopwatch import Stopwatch
 from dfine.training.engine import autocast
 
@@ -32,7 +33,7 @@ class Case(NamedTuple):
         return f"{self.batch} x {self.height}x{self.width}, {self.boxes} boxes, {self.queries} queries"
 
 
-def made_up(case: Case, device: torch.device) -> Batch:
+def made_up(case: Case, device: torch.device, classes: int = CLASSES) -> Batch:
     """Pages of noise with random boxes, the same for the same case."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (case.batch, 3, case.height, case.width), dtype=torch.uint8, generator=generator)
@@ -40,29 +41,52 @@ def made_up(case: Case, device: torch.device) -> Batch:
     for page in range(case.batch):
         size = 0.02 + 0.2 * torch.rand(case.boxes, 2, generator=generator)
         centre = size / 2 + (1 - size) * torch.rand(case.boxes, 2, generator=generator)
-        labels = torch.randint(0, CLASSES, (case.boxes,), generator=generator)
+        labels = torch.randint(0, classes, (case.boxes,), generator=generator)
         targets.append(Target(labels, torch.cat([centre, size], dim=-1), page, (case.height, case.width)))
     return Batch(images, torch.tensor([[case.height, case.width]] * case.batch), targets).to(device)
 
 
-def built(settings: Config, queries: int, device: torch.device) -> DFine:
+def built(settings: Config, queries: int, device: torch.device, classes: int = CLASSES) -> DFine:
     """The config's model with random weights, as train.py lays it out in memory."""
     overrides = ["model.backbone.pretrained=false", "model.backbone.weights=", f"model.decoder.queries={queries}"]
     torch.manual_seed(0)
-    model = DFine(configs.override(settings, overrides).model, CLASSES)
+    model = DFine(configs.override(settings, overrides).model, classes)
     return model.to(device).to(memory_format=torch.channels_last)
 
 
-def answers(model: DFine, batch: Batch, settings: Config) -> DFineOutput:
-    """The forward pass of training."""
-    noised = freshly_noised(batch.targets, CLASSES, settings.model.denoising)
+def answers(model: DFine, batch: Batch, settings: Config, shared: Queries | None = None) -> DFineOutput:
+    """The forward pass of training; `shared` are a teacher's queries."""
+    noised = freshly_noised(batch.targets, model.classes, settings.model.denoising)
     with autocast(model.mean.device, settings.train):
-        return model(batch.images, batch.sizes, noised)
+        return model(batch.images, batch.sizes, noised, shared)
 
 
 def total_loss(model: DFine, output: DFineOutput, batch: Batch, settings: Config) -> Tensor:
+    """The sum of all losses of train.py."""
     losses = criterion(output, batch.targets, model.decoder.w, settings.loss)
     return torch.stack([term.sum() for term in losses.values()]).sum()
+
+
+def distilled_loss(model: DFine, teacher: DFine, batch: Batch, settings: Config, watch: Stopwatch) -> Tensor:
+    """The sum of all losses of distill.py, forward passes included."""
+    with torch.no_grad(), autocast(model.mean.device, settings.train):
+        taught = teacher(batch.images, batch.sizes)
+    watch.mark("of which the teacher's forward pass")
+    output = answers(model, batch, settings, taught.queries)
+    assert output.shared is not None
+    weights = active(settings.distill, settings.distill.go_lsd.start_epoch)
+    losses = distillation(
+        output.shared,
+        taught.refined,
+        model.decoder.w,
+        teacher.decoder.w,
+        batch.targets,
+        weights,
+        settings.distill,
+        settings.loss.matcher,
+    )
+    own = settings.distill.beta * total_loss(model, output, batch, settings)
+    return torch.stack([own, *(term.sum() for term in losses.values())]).sum()
 
 
 def finish(model: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> None:
@@ -97,3 +121,12 @@ def step(model: DFine, optimizer: torch.optim.Optimizer, batch: Batch, settings:
     watch.mark("backward")
     finish(model, optimizer, settings.train.clip)
     watch.mark("clipping and optimizer")
+
+
+def distilled_step(
+    model: DFine, teacher: DFine, optimizer: torch.optim.Optimizer, batch: Batch, settings: Config, watch: Stopwatch
+) -> None:
+    """A training step as in distill.py; the teacher's forward pass and the rest are marked."""
+    distilled_loss(model, teacher, batch, settings, watch).backward()
+    finish(model, optimizer, settings.train.clip)
+    watch.mark("rest")

@@ -5,6 +5,7 @@ import itertools
 import json
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfine import config as configs
-from dfine.config import LossConfig
+from dfine.checkpoints import ours
+from dfine.config import ConfigError, LossConfig
 from dfine.losses.criterion import criterion
+from dfine.model.detector import DFine
 from dfine.model.fdr import weighting_function
 from dfine.structures import Target
 from dfine.tools import benchmark
@@ -73,6 +76,24 @@ def test_the_parts_add_up_to_the_step(report: tuple[dict, str]):
     parts = ("backbone, forward", "encoder, forward", "selection and decoder, forward", "matching and losses")
     parts += ("backward", "clipping and optimizer")
     assert sum(times[part] for part in parts) == pytest.approx(times["training step"])
+
+
+def test_with_a_teacher_it_says_what_distillation_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    settings = configs.from_dict(yaml.safe_load(TINY))
+    names = [{"id": label, "name": f"class {label}"} for label in range(5)]
+    ours.save(tmp_path / "teacher.pt", ours.weights(settings, names, DFine(settings.model, 5)))
+    settings = configs.override(settings, [f"distill.teacher={tmp_path / 'teacher.pt'}"])
+    rows = {row["part"]: row for row in benchmark.distilled(settings, Case(1, 64, 96, 3, 10), CPU, repeats=2)}
+    step, asked = rows["distillation step"], rows["of which the teacher's forward pass"]
+    assert step["median"] > asked["median"] > 0
+    assert rows["distillation step, in training steps"]["median"] > 0
+    assert rows["memory of a distillation step, kept for the backward pass"]["median"] > 0
+
+
+def test_a_teacher_that_teaches_nothing_is_refused():
+    settings = configs.override(configs.from_dict(yaml.safe_load(TINY)), ["distill.alpha=0", "distill.teacher=x.pt"])
+    with pytest.raises(ConfigError, match="nothing to measure"):
+        benchmark.distilled(settings, Case(1, 64, 96, 3, 10), CPU, repeats=2)
 
 
 def test_the_report_names_machine_and_model_and_prints_every_row(report: tuple[dict, str]):
