@@ -1,6 +1,6 @@
 """Reads checkpoints of the original implementation (github.com/Peterande/D-FINE; N, S, M, L and X).
 
-    model = official.load("dfine_l_coco.pth")  # ready to detect the classes it was trained on
+    model = original.load("dfine_l_coco.pth")  # ready to detect the classes it was trained on
 
 or `model.init_from=dfine_l_coco.pth` in a config. Architecture and weights come from the checkpoint's tensors, the
 backbone is timm's HGNetV2. Whatever is left over on either side stops the reading and is named.

@@ -1,4 +1,4 @@
-"""What distillation adds: `python -m dfine.ablation --config FILE --out DIR distill.teacher=PATH [key=value ...]`.
+"""What distillation adds: `python -m dfine.tools.ablation --config FILE --out DIR distill.teacher=PATH [key=value ...]`.
 
 Trains the same student alone and with parts of the distillation, each with the same seeds and steps, one run after the
 other, and prints the table. Started again, it skips what is finished and goes on with what is not.
@@ -29,7 +29,7 @@ WITHOUT = {  # the terms each row does without
     "GO-LSD": ("classes", "boxes"),
 }
 COMPARED = ((CLASS_BOX, ALONE), (FULL, ALONE), (FULL, CLASS_BOX))
-ROOT = Path(__file__).parents[1]  # where the scripts are
+ROOT = Path(__file__).parents[2]  # where the scripts are
 
 
 class Trial(NamedTuple):
