@@ -69,6 +69,7 @@ def parallel(model: DFine, config: TrainConfig, device: torch.device) -> nn.Modu
     if distributed.world_size() > 1:
         if device.type == "cuda":
             convert_sync_batchnorm(model)  # timm's: torch's drops the activations inside timm's batch norms
+        model.backbone.freeze_unused()
         replica = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     if config.compile:
         replica.compile(dynamic=True)
