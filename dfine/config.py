@@ -49,7 +49,7 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class DenoisingConfig:
-    queries: int = 100  # groups = max(1, queries // most boxes of a page)
+    queries: int = 100  # groups = max(1, queries // most boxes of a page); 0: no denoising
     label_noise: float = 0.25  # share of labels that are drawn anew
     box_noise: float = 1.0  # corners of positives move by up to this share of the half size, of negatives by 1x to 2x
 

@@ -53,16 +53,19 @@ def criterion(output: DFineOutput, targets: list[Target], w: Tensor, config: Los
     truth = Truth(torch.cat([t.labels for t in targets]), torch.cat([t.boxes for t in targets]))
 
     heads = stack(refined, output.initial, output.encoder)
-    own = match(heads.logits, heads.boxes, targets, config.matcher, config.matcher.encoder_queries)
+    real = output.queries.real
+    own = match(heads.logits, heads.boxes, targets, config.matcher, config.matcher.encoder_queries, real)
     pairs = union(own, queries, last=layers - 1)
     groups, slots = 1, 0
     if output.denoising is not None:
         groups, slots = output.denoising.queries.groups, output.denoising.queries.labels.shape[1]
     fixed = denoising_matches(targets, groups)
 
-    unmatched, noise_unmatched = pages * queries - len(pairs.query), pages * slots - len(fixed.query)
-    counts = [len(truth.labels), len(pairs.query), unmatched, len(fixed.query), noise_unmatched]
-    total = distributed.sum_over_processes(torch.tensor(counts, device=device, dtype=w.dtype))
+    noise_unmatched = pages * slots - len(fixed.query)
+    numbers = [len(truth.labels), len(pairs.query), -len(pairs.query), len(fixed.query), noise_unmatched]
+    counts = torch.tensor(numbers, device=device, dtype=w.dtype)
+    counts[2] += real.sum()  # unmatched queries, known to the device alone
+    total = distributed.sum_over_processes(counts)
     share = total.clamp(min=1) / distributed.world_size()
     normalisers = Normalisers(share[0], share[1], share[1:3], total[1:3])
     terms = supervise(refined, heads, own.to(device), pairs.to(device), truth, w, normalisers, config)

@@ -30,12 +30,20 @@ def matching_cost(logits: Tensor, boxes: Tensor, labels: Tensor, truth: Tensor, 
     return config.classes * classes + config.l1 * l1 - config.giou * giou
 
 
-def match(logits: Tensor, boxes: Tensor, targets: list[Target], config: MatcherConfig, last_copies: int = 1) -> Matches:
+def match(
+    logits: Tensor,
+    boxes: Tensor,
+    targets: list[Target],
+    config: MatcherConfig,
+    last_copies: int = 1,
+    real: Tensor | None = None,
+) -> Matches:
     """Assigns to each head's queries the boxes of their page one to one, at the least total cost.
 
     Args:
         logits: (H, B, Q, C) of H heads. boxes: (H, B, Q, 4).
         last_copies: how many queries of the last head each box goes to, as far as there are as many.
+        real: (B, Q), which queries may be matched; None: all.
     Returns:
         On the CPU; `layer` is the head. Every box is matched once a head, unless a page has more boxes than queries.
     Raises:
@@ -45,15 +53,16 @@ def match(logits: Tensor, boxes: Tensor, targets: list[Target], config: MatcherC
     truth = pad_sequence([target.boxes for target in targets], batch_first=True, padding_value=1)  # (B, T, 4)
     shape = (len(logits), *labels.shape)
     costs = matching_cost(logits, boxes, labels.expand(shape), truth.expand(*shape, 4), config).cpu().numpy()
+    usable = np.ones(logits.shape[1:3], dtype=bool) if real is None else real.cpu().numpy()  # (B, Q)
     pairs: list[tuple[np.ndarray, ...]] = []
     first = 0
     for i, target in enumerate(targets):
-        count = max(1, len(target.labels))
-        for head, cost in enumerate(costs[:, i, :, : len(target.labels)]):
+        count, queries = max(1, len(target.labels)), np.flatnonzero(usable[i])
+        for head, cost in enumerate(costs[:, i, queries, : len(target.labels)]):
             if not np.isfinite(cost).all():
                 raise FloatingPointError(f"matching cost of head {head} is not finite on image {target.image_id}")
             copies = max(1, min(last_copies, len(cost) // count)) if head == len(costs) - 1 else 1
             query, box = linear_sum_assignment(np.tile(cost, copies))
-            pairs.append((np.full_like(query, head), np.full_like(query, i), query, box % count + first))
+            pairs.append((np.full_like(query, head), np.full_like(query, i), queries[query], box % count + first))
         first += len(target.labels)
     return Matches(*(torch.from_numpy(np.concatenate(column)) for column in zip(*pairs, strict=True)))

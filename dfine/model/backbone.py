@@ -35,7 +35,7 @@ class Backbone(nn.Module):
                 raise ConfigError(f"model.backbone.checkpointing: timm offers none for the maps of {config.name}")
             body.set_grad_checkpointing()
         faster_depthwise(body)
-        self.body = body
+        self.body, self.stride = body, strides[-1]
         self.channels_behind = getattr(body, "output_fmt", Format.NCHW) == Format.NHWC
         self.channels = [body.feature_info.channels()[i] for i in self.indices]
         pretrained_cfg = timm.get_pretrained_cfg(config.name)
@@ -92,8 +92,7 @@ class Backbone(nn.Module):
 
     def _random_page(self) -> Tensor:
         """Normalised noise; as large as the last map has 4x4 cells. Leaves torch's global generator alone."""
-        side = 4 * self.body.feature_info.reduction()[self.indices[-1]]
-        page = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+        page = torch.randn(1, 3, 4 * self.stride, 4 * self.stride, generator=torch.Generator().manual_seed(0))
         return page.to(next(self.parameters()))
 
 

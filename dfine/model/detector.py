@@ -1,5 +1,7 @@
 """D-FINE: backbone, hybrid encoder, query selection, decoder."""
 
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,11 @@ from dfine.model.denoising import attention_mask
 from dfine.model.fdr import mlp, xavier, zero_last
 from dfine.model.hybrid_encoder import ConvNorm, HybridEncoder, RepVGG
 from dfine.structures import Denoising, Detections, DFineOutput, NoisedTruth, Prediction, Queries, Refinement
+
+Head = TypeVar("Head", Prediction, Refinement)
+
+
+NOTHING = -1e4  # the logits of a query that no cell stands for: a score of 0 that learns nothing
 
 
 class DFine(nn.Module):
@@ -42,6 +49,7 @@ class DFine(nn.Module):
         )
         self.selection = QuerySelection(dim, classes, config.strides, config.decoder.queries)
         self.denoising_labels = nn.Embedding(classes + 1, dim, padding_idx=classes)  # N(0, 1); row C is 0
+        self.denoising_labels.requires_grad_(config.denoising.queries > 0)  # DDP would wait for its gradient
         self.decoder = Decoder(config.decoder, dim, classes)
         # Persistent: how pages are normalised travels with the weights.
         self.register_buffer("mean", torch.tensor(config.mean or self.backbone.mean).view(3, 1, 1))
@@ -78,12 +86,14 @@ class DFine(nn.Module):
 
         encoder, queries, tokens = self.selection(memory, shapes, sizes)
         x, reference, mask, slots = gather(tokens, queries.cells), queries.proposal, None, 0
+        seen = keys(queries.real)
         if noised is not None:
             slots = noised.labels.shape[1]
-            mask = attention_mask(slots, noised.groups, x.shape[1], x.device)[:slots]
+            mask = attention_mask(slots, noised.groups, x.shape[1], x.device)[:slots]  # (slots, slots + Q)
+            mask = mask | ~F.pad(seen, (slots, 0), value=True)[:, None]  # (B, slots, slots + Q)
             x = torch.cat([self.denoising_labels(noised.labels).to(x.dtype), x], dim=1)  # (B, slots + Q, D)
             reference = torch.cat([noised.boxes.clamp(1e-5, 1 - 1e-5), reference], dim=1)  # (B, slots + Q, 4)
-        refined, initial = self.decoder(x, reference, *places, mask, every_layer=self.training)
+        refined, initial = self.decoder(x, reference, *places, mask, seen, every_layer=self.training)
 
         denoising = None
         if noised is not None:
@@ -92,9 +102,11 @@ class DFine(nn.Module):
             refined, initial = split(refined, initial, slice(slots, None))
         answers = None
         if shared is not None:
-            content = gather(tokens, shared.cells)
-            answers, _ = self.decoder(content, shared.proposal, *places, every_layer=self.training)
-        return DFineOutput(refined, queries, initial, encoder, denoising, answers)
+            content, seen = gather(tokens, shared.cells), keys(shared.real)
+            answers, _ = self.decoder(content, shared.proposal, *places, None, seen, every_layer=self.training)
+            answers = silenced(answers, shared.real)
+        heads = [None if head is None else silenced(head, queries.real) for head in (initial, encoder)]
+        return DFineOutput(silenced(refined, queries.real), queries, *heads, denoising, answers)
 
     def encode(self, images: Tensor, sizes: Tensor | None) -> list[Tensor]:
         """The encoder's maps (B, D, H / stride, W / stride)."""
@@ -187,14 +199,14 @@ class QuerySelection(nn.Module):
         with torch.no_grad():  # ranking has no gradient
             tokens = self.norm(self.project(memory))  # (B, S, D)
             score = full_precision(self.class_head(tokens)).amax(-1).masked_fill(~valid, -torch.inf)  # (B, S)
-            index = score.topk(min(self.queries, score.shape[1])).indices  # (B, Q)
+            best, index = score.topk(min(self.queries, score.shape[1]))  # (B, Q)
         anchors = gather(anchors.expand(len(index), -1, -1), index)  # (B, Q, 4)
         # The selected tokens (B, Q, D) are made again, so that the backward pass is over these alone.
         again = torch.is_grad_enabled()
         selected = self.norm(self.project(gather(memory, index))) if again else gather(tokens, index)
         boxes = (full_precision(self.box_head(selected)) + logit(anchors)).sigmoid()  # (B, Q, 4)
         answer = Prediction(full_precision(self.class_head(selected)), boxes) if self.training else None
-        return answer, Queries(index, boxes.detach()), tokens
+        return answer, Queries(index, boxes.detach(), best != -torch.inf), tokens
 
     def anchors(self, shapes: list[tuple[int, int]], sizes: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
         """A box at the centre of each cell with sides 0.05 * 2^level, and whether all its numbers lie in (0.01, 0.99).
@@ -226,6 +238,16 @@ def cells_on_page(canvas: tuple[int, int], sizes: Tensor, stride: int) -> Tensor
     return (rows[:, :, None] & columns[:, None, :]).flatten(1)
 
 
+def keys(real: Tensor) -> Tensor:
+    """Which queries are attended to: (B, Q) bool. On a page without a single real one all are: softmax needs some."""
+    return real | ~real.any(1, keepdim=True)
+
+
+def silenced(head: Head, real: Tensor) -> Head:
+    """The answers, of which those that no cell stands for say that there is nothing."""
+    return head._replace(logits=head.logits.masked_fill(~real[..., None], NOTHING))
+
+
 def gather(x: Tensor, index: Tensor) -> Tensor:
     """(B, S, K), (B, Q) -> (B, Q, K)"""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
@@ -239,7 +261,7 @@ def split(refined: Refinement, initial: Prediction, part: slice) -> tuple[Refine
 
 
 def detect(output: DFineOutput, sizes: list[tuple[int, int]], top: int = 300) -> list[Detections]:
-    """The last layer's `top` best (query, class) pairs of each page; no NMS.
+    """The last layer's `top` best (query, class) pairs of each page, as far as their scores are not 0; no NMS.
 
     Args:
         sizes: original height, width of each page in pixels.
@@ -249,4 +271,6 @@ def detect(output: DFineOutput, sizes: list[tuple[int, int]], top: int = 300) ->
     scores, best = logits.flatten(1).sigmoid().topk(min(top, logits[0].numel()))  # (B, K)
     boxes = cxcywh_to_xyxy(gather(boxes, best // classes)).clamp(0, 1)  # (B, K, 4)
     scale = torch.tensor([[w, h, w, h] for h, w in sizes], device=boxes.device, dtype=boxes.dtype)
-    return [Detections(*page) for page in zip(scores, best % classes, boxes * scale[:, None], strict=True)]
+    pages = zip(scores, best % classes, boxes * scale[:, None], strict=True)
+    counts = (scores != 0).sum(1).tolist()  # a page may have fewer queries than others of its batch
+    return [Detections(*(x[:count] for x in page)) for page, count in zip(pages, counts, strict=True)]
