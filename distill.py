@@ -56,8 +56,8 @@ def main() -> None:
         losses = {name: settings.distill.beta * loss for name, loss in losses.items()}
         if taught:
             w = (model.decoder.w, teacher.decoder.w)
-            how = (weights, settings.distill, settings.loss.matcher, taught.queries.real)
-            losses |= distillation(output.shared, taught.refined, *w, batch.targets, *how)
+            answers, real = (output.shared, taught.refined, *w), taught.queries.real
+            losses |= distillation(*answers, batch.targets, weights, settings.distill, settings.loss.matcher, real)
         return losses
 
     while not run.done:

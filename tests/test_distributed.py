@@ -71,9 +71,8 @@ def test_ddp_waits_for_no_gradient_that_never_comes(monkeypatch: pytest.MonkeyPa
     targets = pages((2, 0))
     output = model(torch.rand(2, 3, 64, 96), noised=freshly_noised(targets, 3, off))
     monkeypatch.undo()
-    torch.stack(
-        [loss.sum() for loss in criterion(output, targets, model.decoder.w, LossConfig()).values()]
-    ).sum().backward()
+    losses = criterion(output, targets, model.decoder.w, LossConfig())
+    torch.stack([loss.sum() for loss in losses.values()]).sum().backward()
     assert {name for name, p in model.named_parameters() if p.grad is None and p.requires_grad} == set()
 
 

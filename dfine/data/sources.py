@@ -180,7 +180,9 @@ def _check(where: str, entry: Any, fields: dict[str, type]) -> None:
         raise PageError(f"{where}: expected an object, found {_shown(entry)}")
     for key, kind in fields.items():
         value = entry.get(key)
-        if type(value) is not kind or (kind is int and not _is_number(value)):  # type: True is an int to isinstance
+        if type(value) is kind is int and not _is_number(value):
+            raise PageError(f"{where}: {key} is too large: {_shown(value)}")
+        if type(value) is not kind:  # isinstance takes True for an int
             raise PageError(f"{where}: {key} must be {kind.__name__}, found {_shown(value)}")
 
 

@@ -49,7 +49,7 @@ class Backbone(nn.Module):
         return [x.permute(0, 3, 1, 2) for x in maps] if self.channels_behind else maps
 
     def freeze_unused(self) -> None:
-        """Freezes weights that no map depends on, such as HRNet's for its stride of 4: DDP would wait for their gradient."""
+        """Freezes weights that no map depends on, such as HRNet's for a stride of 4: DDP would wait for a gradient."""
         training = self.training
         self.eval()  # leaves batch-norm statistics alone
         with torch.enable_grad():
@@ -62,8 +62,8 @@ class Backbone(nn.Module):
     def merge(self) -> None:
         """Lets convolutions do what the batch norms right behind them do in evaluation mode.
 
-        Which those are is read off the traced graph. A backbone keeps its batch norms where it cannot be traced, or where
-        the graph is not the whole story: some maps are read by hooks, and a random page comes out otherwise.
+        Which those are is read off the traced graph. A backbone keeps its batch norms where it cannot be traced, and
+        where the graph does not tell all: maps may be read by hooks, and a random page comes out otherwise.
         """
         try:
             nodes = ConvNormTracer().trace(self.body).nodes

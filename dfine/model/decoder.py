@@ -56,7 +56,8 @@ class SelfAttention(nn.MultiheadAttention):
             attended = attend(query, key, value, seen)
         else:
             masked = attend(query[:, :, :slots], key, value, ~mask.unsqueeze(-3))
-            among = attend(*(part[:, :, slots:] for part in (query, key, value)), seen)
+            rest = slice(slots, None)
+            among = attend(query[:, :, rest], key[:, :, rest], value[:, :, rest], seen)
             attended = torch.cat([masked, among], dim=2)
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 

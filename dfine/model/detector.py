@@ -105,8 +105,8 @@ class DFine(nn.Module):
             content, seen = gather(tokens, shared.cells), keys(shared.real)
             answers, _ = self.decoder(content, shared.proposal, *places, None, seen, every_layer=self.training)
             answers = silenced(answers, shared.real)
-        heads = [None if head is None else silenced(head, queries.real) for head in (initial, encoder)]
-        return DFineOutput(silenced(refined, queries.real), queries, *heads, denoising, answers)
+        refined, initial, encoder = (head and silenced(head, queries.real) for head in (refined, initial, encoder))
+        return DFineOutput(refined, queries, initial, encoder, denoising, answers)
 
     def encode(self, images: Tensor, sizes: Tensor | None) -> list[Tensor]:
         """The encoder's maps (B, D, H / stride, W / stride)."""

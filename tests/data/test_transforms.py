@@ -62,10 +62,7 @@ def test_thin_strokes_do_not_vanish_when_a_page_shrinks() -> None:
 def test_strokes_across_a_strip_that_keeps_its_short_side_do_not_vanish(upright: bool) -> None:
     strip = np.full((1, 400, 3), 255, np.uint8)
     strip[:, ::8] = 0
-    if upright:
-        small = resize(strip.transpose(1, 0, 2), (100, 1))
-    else:
-        small = resize(strip, (1, 100))
+    small = resize(strip.transpose(1, 0, 2), (100, 1)) if upright else resize(strip, (1, 100))
     assert (small.reshape(-1, 2, 3).mean(1) < 230).all()
 
 
@@ -112,10 +109,7 @@ INK_ON_WHITE = np.where(striped() > 0, 255, 0)
         (Image.fromarray(striped().astype(np.uint16) * 257), "png", THREE_GREYS),
         (Image.fromarray(striped().astype(np.uint16) * 257), "tif", THREE_GREYS),
         (Image.fromarray(striped().astype(np.int32) * 257), "tif", THREE_GREYS),
-        *(
-            (Image.fromarray((striped() / 255 * white).astype(np.float32)), "tif", THREE_GREYS)
-            for white in (1, 255, 65535)
-        ),
+        *((Image.fromarray(np.float32(striped() / 255 * white)), "tif", THREE_GREYS) for white in (1, 255, 65535)),
         (cmyk(), "jpg", THREE_GREYS),
         (cmyk(), "tif", THREE_GREYS),
         (Image.fromarray(striped() > 0), "png", INK_ON_WHITE),
