@@ -31,7 +31,10 @@ def test_the_command_says_how_many_boxes_stay(
 ) -> None:
     images, annotations = write(tmp_path, [image(i, 60, 90) for i in range(3)], [annotation(0, [5, 5, 40, 30], 3)])
     data = DataConfig(
-        val=PagesConfig(str(images), str(annotations)), short_edges=(64,), eval_short_edge=64, max_long_edge=96
+        val=PagesConfig(images=str(images), annotations=str(annotations)),
+        short_edges=(64,),
+        eval_short_edge=64,
+        max_long_edge=96,
     )
     categories = CocoPages(images, annotations).categories
     content = checkpoint.weights(Config(model=tiny_config(), data=data), categories, shaken(tiny_model()))
