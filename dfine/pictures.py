@@ -105,7 +105,7 @@ def best_place(box: list[int], pen: int, w: int, h: int, costs: np.ndarray) -> t
     def cost(place: tuple[int, int]) -> float:
         x, y = place
         reach = 2 * h if y >= y2 else h  # a label that is just above another box would be taken for that one's
-        return float(costs[y : y + reach, x : x + w].mean())
+        return cv2.mean(costs[y : y + reach, x : x + w])[0]
 
     return min(outside or places, key=cost)  # the first of equals
 
