@@ -148,11 +148,11 @@ class PageLoader(DataLoader[Batch]):
             PageError: see `PageDataset`; a plain `DataLoader` wraps it in the worker's stack.
             WorkerError: a worker is gone.
         """
-        batches = super().__iter__()
-        if self.num_workers and hasattr(signal, "SIGCHLD"):
-            # torch would raise a worker's death wherever this process happens to be: halfway through a step or a save.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
+            batches = super().__iter__()
+            if self.num_workers and hasattr(signal, "SIGCHLD"):
+                # torch would raise a worker's death wherever this process is: halfway through a step, or a save.
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for batch in batches:
                 if isinstance(batch, PageError):
                     raise batch

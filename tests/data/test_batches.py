@@ -13,7 +13,7 @@ from PIL import Image
 from processes import gone, launch
 
 from dfine import distributed
-from dfine.config import Config, DataConfig, TrainConfig
+from dfine.config import AugmentConfig, Config, DataConfig, TrainConfig
 from dfine.data.batches import PageKey, TrainBatches, evaluation_batches, evaluation_loader, train_loader
 from dfine.data.sources import CocoPages
 from dfine.data.transforms import canvas_of, fit
@@ -140,10 +140,11 @@ def test_a_batch_lays_pages_in_the_upper_left_corner_and_says_how_large_they_are
 
 
 def reads_one_batch_and_waits(folder: Path) -> None:
-    """Batches of so many pages that what the worker says of them fills its pipe."""
-    source = CocoPages(*write(folder, [image(i) for i in range(200)], []))
-    data = DataConfig(batch_size=200, workers=1, short_edges=(32,), eval_short_edge=32)
-    loader, _ = train_loader(source, Config(data=data))
+    """Batches of so many pages that what the worker says of the next one fills its pipe."""
+    source = CocoPages(*write(folder, [image(1, 32, 32)], []))
+    unchanged = AugmentConfig(**{field: 0.0 for field in vars(AugmentConfig()) if field.endswith("_p")})
+    data = DataConfig(batch_size=1000, workers=1, short_edges=(32,), eval_short_edge=32, augment=unchanged)
+    loader, _ = train_loader(source, Config(data=data, train=TrainConfig(accumulate=3)))
     batches = iter(loader)
     next(batches)
     (folder / "read").touch()

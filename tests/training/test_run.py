@@ -118,11 +118,11 @@ def told_twice_to_stop() -> None:
     engine.optimize = optimize
 
 
-def losing_a_worker(rank: int) -> None:
+def losing_a_worker(step: int, rank: int) -> None:
     whole = engine.optimize
 
     def optimize(run: Run, *arguments: Any) -> dict[str, float]:
-        if run.step == 1 and distributed.rank() == rank:
+        if run.step == step - 1 and distributed.rank() == rank:
             for worker in multiprocessing.active_children():
                 worker.kill()
                 worker.join()
@@ -199,9 +199,10 @@ def test_a_second_ctrl_c_some_seconds_later_ends_a_run_at_once(config: Path, tmp
     assert state(tmp_path)["step"] == 1
 
 
-def test_a_run_that_loses_a_worker_is_saved_and_says_so(config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [2, 4], ids=["in mid epoch", "in the last step of an epoch"])
+def test_a_run_that_loses_a_worker_is_saved_and_says_so(config: Path, tmp_path: Path, step: int) -> None:
     own = ("data.batch_size=1", "data.workers=1", "train.save_every=0")
-    processes = launch(failing, tmp_path / "error", config, tmp_path / "run", own, losing_a_worker, 1)
+    processes = launch(failing, tmp_path / "error", config, tmp_path / "run", own, losing_a_worker, step, 1)
     assert ends(processes) == [0, 1]
     said = (tmp_path / "error").read_text()
     assert re.fullmatch(r"loading pages failed: .*worker.*; stopped at step \d, go on with --resume .*", said)
