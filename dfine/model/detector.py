@@ -184,10 +184,11 @@ class QuerySelection(nn.Module):
         """
         anchors, valid = self.anchors(shapes, sizes, memory)  # (B or 1, S, 4), (B or 1, S)
         memory = memory * valid[..., None]
-        with torch.no_grad():  # ranking has no gradient
-            tokens = self.norm(self.project(memory))  # (B, S, D)
-            score = full_precision(self.class_head(tokens)).amax(-1).masked_fill(~valid, -torch.inf)  # (B, S)
-            index = score.topk(min(self.queries, score.shape[1])).indices  # (B, Q)
+        # Ranking has no gradient. It is cut off afterwards: under `no_grad`, autocast (torch <= 2.10) would keep copies
+        # of the weights that have none, and use them for the selected tokens as well.
+        tokens = self.norm(self.project(memory)).detach()  # (B, S, D)
+        score = full_precision(self.class_head(tokens)).detach().amax(-1).masked_fill(~valid, -torch.inf)  # (B, S)
+        index = score.topk(min(self.queries, score.shape[1])).indices  # (B, Q)
         anchors = gather(anchors.expand(len(index), -1, -1), index)  # (B, Q, 4)
         # The selected tokens (B, Q, D) are made again, so that the backward pass is over these alone.
         again = torch.is_grad_enabled()
