@@ -1,4 +1,4 @@
-"""What distillation adds: `python -m dfine.tools.ablation --config FILE --out DIR distill.teacher=PATH [key=value ...]`.
+"""What distillation adds: `python -m dfine.tools.ablation --config FILE --out DIR distill.teacher=PATH`.
 
 Trains the same student alone and with parts of the distillation, each with the same seeds and steps, one run after the
 other, and prints the table. Started again, it skips what is finished and goes on with what is not.
