@@ -23,4 +23,4 @@ def test_the_contact_sheet_shows_the_first_training_pages(tmp_path: Path, monkey
     contact_sheet.main()
     drawn = np.asarray(Image.open(sheet))
     assert drawn.shape[1] > 4 * 64
-    assert (drawn == colour(0)).all(-1).any()  # the box of class 0
+    assert (drawn == colour(0)).all(-1).any()
