@@ -86,8 +86,8 @@ def parallel(model: DFine, config: TrainConfig, device: torch.device, pages: int
 
 def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
     """bf16 as configured for this device; what needs more (boxes, softmax, losses) raises itself to fp32."""
-    cpu = torch.cpu.get_capabilities()  # without such instructions bf16 is slower than fp32
-    multiplies = cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
+    # Without such instructions bf16 is slower than fp32. (What mkldnn calls support is AVX-512 without them, too.)
+    multiplies = torch.cpu._is_avx512_bf16_supported()  # so do CPUs with amx_bf16
     enabled = config.bf16 if device.type == "cuda" else config.bf16_cpu and multiplies
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
