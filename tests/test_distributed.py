@@ -1,6 +1,5 @@
 """Two processes do what one does."""
 
-import dataclasses
 import functools
 import time
 from datetime import timedelta
@@ -66,7 +65,7 @@ def test_ddp_waits_for_no_gradient_that_never_comes(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(engine, "DistributedDataParallel", lambda model, **_: model)
     off = DenoisingConfig(queries=0)
-    config = dataclasses.replace(tiny_config(backbone="hrnet_w18_small"), denoising=off)
+    config = tiny_config(backbone="hrnet_w18_small").model_copy(update={"denoising": off})
     model = engine.parallel(DFine(config, 3), TrainConfig(), torch.device("cpu"))
     targets = pages((2, 0))
     output = model(torch.rand(2, 3, 64, 96), noised=freshly_noised(targets, 3, off))

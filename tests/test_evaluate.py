@@ -1,6 +1,5 @@
 """evaluate.py as users start it."""
 
-import dataclasses
 import json
 import runpy
 from pathlib import Path
@@ -84,7 +83,7 @@ def test_the_script_finds_and_measures_what_the_run_did_to_the_last_digit(
 ) -> None:
     """After 25 steps on two pages, of which the model then knows something."""
     own = coloured(tmp_path / "pages", count=2)
-    still = {field.name: 0.0 for field in dataclasses.fields(AugmentConfig) if field.name.endswith("_p")}
+    still = {name: 0.0 for name in AugmentConfig.model_fields if name.endswith("_p")}
     train = {"epochs": 25, "learning_rate": 3e-3, "ema_decay": 0.5, "save_every": 0, "eval_every": 1000}
     tree = TINY | {"data": TINY["data"] | {"train": own, "val": own, "augment": still}, "train": TINY["train"] | train}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree))

@@ -1,14 +1,19 @@
 """Hungarian matching of all heads at once: one cost tensor, one copy to the CPU."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from dfine import distributed
 from dfine.boxes import iou_and_giou
 from dfine.config import MatcherConfig
 from dfine.structures import Matches, Target
+
+UNREAL = -np.inf  # marks the costs of queries that may not be matched; no cost is
 
 
 @torch.no_grad()
@@ -52,17 +57,27 @@ def match(
     labels = pad_sequence([target.labels for target in targets], batch_first=True)  # (B, T)
     truth = pad_sequence([target.boxes for target in targets], batch_first=True, padding_value=1)  # (B, T, 4)
     shape = (len(logits), *labels.shape)
-    costs = matching_cost(logits, boxes, labels.expand(shape), truth.expand(*shape, 4), config).cpu().numpy()
-    usable = np.ones(logits.shape[1:3], dtype=bool) if real is None else real.cpu().numpy()  # (B, Q)
-    pairs: list[tuple[np.ndarray, ...]] = []
-    first = 0
-    for i, target in enumerate(targets):
-        count, queries = max(1, len(target.labels)), np.flatnonzero(usable[i])
-        for head, cost in enumerate(costs[:, i, queries, : len(target.labels)]):
+    cost = matching_cost(logits, boxes, labels.expand(shape), truth.expand(*shape, 4), config)  # (H, B, Q, T)
+    if real is not None:
+        cost = cost.masked_fill(~real[..., None], UNREAL)  # so that it travels to the CPU along with the costs
+    costs = cost.cpu().numpy()
+    first = np.cumsum([0] + [len(target.labels) for target in targets])
+
+    def assign(i: int) -> list[tuple[np.ndarray, ...]]:
+        """Page i's pairs in every head: head, page, query and box."""
+        count = len(targets[i].labels)
+        queries = np.flatnonzero((costs[0, i, :, :count] != UNREAL).all(1))
+        pairs: list[tuple[np.ndarray, ...]] = []
+        for head, cost in enumerate(costs[:, i, queries, :count]):
             if not np.isfinite(cost).all():
-                raise FloatingPointError(f"matching cost of head {head} is not finite on image {target.image_id}")
-            copies = max(1, min(last_copies, len(cost) // count)) if head == len(costs) - 1 else 1
+                raise FloatingPointError(f"matching cost of head {head} is not finite on image {targets[i].image_id}")
+            copies = max(1, min(last_copies, len(cost) // max(1, count))) if head == len(costs) - 1 else 1
             query, box = linear_sum_assignment(np.tile(cost, copies))
-            pairs.append((np.full_like(query, head), np.full_like(query, i), queries[query], box % count + first))
-        first += len(target.labels)
-    return Matches(*(torch.from_numpy(np.concatenate(column)) for column in zip(*pairs, strict=True)))
+            box = box % max(1, count) + first[i]
+            pairs.append((np.full_like(query, head), np.full_like(query, i), queries[query], box))
+        return pairs
+
+    with ThreadPoolExecutor(distributed.cores()) as pool:  # scipy works on several pages at once
+        pages = list(pool.map(assign, range(len(targets))))
+    columns = zip(*(pair for page in pages for pair in page), strict=True)
+    return Matches(*(torch.from_numpy(np.concatenate(column)) for column in columns))
