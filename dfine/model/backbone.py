@@ -68,7 +68,7 @@ class Backbone(nn.Module):
         """
         try:
             nodes = ConvNormTracer().trace(self.body).nodes
-        except (fx.proxy.TraceError, TypeError):  # its forward depends on what it is fed
+        except (fx.proxy.TraceError, TypeError, RuntimeError):  # its forward depends on what it is fed
             return
         before, replaced = self._maps_of_random_page(), dict[str, nn.Module]()
         for node in nodes:
@@ -111,7 +111,8 @@ class ConvNormTracer(fx.Tracer):
     """Records convolutions and batch norms as calls, also those that timm derives from torch's."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (nn.Conv2d, nn.BatchNorm2d)) or super().is_leaf_module(m, module_qualified_name)
+        # timm's layer norms ask for autocast, which depends on the device of what they are fed.
+        return isinstance(m, (nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm)) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _create(config: BackboneConfig, **kwargs: Any) -> Any:
