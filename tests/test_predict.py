@@ -149,3 +149,12 @@ def test_a_share_outside_0_to_1_is_a_mistake(
     with pytest.raises(SystemExit):
         script(tmp_path, f"{option}={value}")
     assert f"argument {option}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [(), ("--fast",)])
+def test_fast_is_passed_on(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: Any) -> None:
+    asked, load = [], predict.load
+    monkeypatch.setattr(predict, "load", lambda path, fast: asked.append(fast) or load(path))
+    Image.fromarray(drawn_page()).save(tmp_path / "page.png")
+    script(tmp_path / "page.png", *arguments)
+    assert asked == [bool(arguments)]

@@ -140,3 +140,8 @@ def test_a_detector_knows_its_classes_and_is_deployed(best: Path) -> None:
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in detector.model.encoder.modules())
     found = detector(drawn_page(), 0.0)
     assert [CATEGORIES[place]["name"] for place in found.classes] == found.labels
+
+
+def test_fast_means_half_precision(best: Path) -> None:
+    kinds = {fast: next(dfine.load(best, "cpu", fast=fast).model.encoder.parameters()).dtype for fast in (False, True)}
+    assert kinds == {False: torch.float32, True: torch.bfloat16}
