@@ -215,7 +215,7 @@ class TrainConfig(Section):
     warmup: PartialShare = 0.02  # share of all steps
     weight_decay: NonNegative = 0.05  # none on norms and biases
     clip: Positive = 1.0  # gradient norm
-    # Batches per optimizer step. Their losses are averaged, each over its own boxes: not quite what one larger batch has.
+    # Batches per optimizer step. Their losses are averaged, each over its own boxes: nearly, not quite, a larger batch.
     accumulate: Count = 1
     ema_decay: PartialShare = 0.9999  # its limit: the average forgets faster while it is young
     freeze_backbone_steps: Whole = 0

@@ -79,13 +79,10 @@ class Step:
 
     def take(self, *batches: float) -> dict[str, float]:
         """A step on batches with these losses."""
-        return engine.optimize(
-            self, list(batches), lambda x: {"a": x * sum(self.model.parameters()), "b": 2 * x * one()}
-        )
+        return engine.optimize(self, list(batches), self.losses_of)
 
-
-def one() -> torch.Tensor:
-    return torch.ones(2)  # a term may hold a number for each layer
+    def losses_of(self, x: float) -> dict[str, torch.Tensor]:
+        return {"a": x * sum(self.model.parameters()), "b": 2 * x * torch.ones(2)}  # two layers
 
 
 def test_accumulated_batches_are_averaged() -> None:
