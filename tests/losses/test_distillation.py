@@ -285,6 +285,14 @@ def test_empty_pages_are_distilled_like_others_and_nothing_is_nan():
     assert torch.autograd.grad(terms["distill_go_lsd"].sum(), edge_logits)[0].isfinite().all()
 
 
+def test_where_the_teacher_matches_nothing_go_lsd_is_the_mean_over_all_queries():
+    student, teacher = answers()
+    p = (teacher.edge_logits[-1] / 5).softmax(-1)
+    kl = kl_of_edges(project(p, teacher.initial_boxes, W, student.initial_boxes, W), student.edge_logits, 5)
+    mean = (kl / 4 * teacher.logits[-1].sigmoid().amax(-1)).mean((1, 2))
+    torch.testing.assert_close(go_lsd(student, teacher, W, W, [page(), page()], 5.0, MATCHER), mean)
+
+
 def test_equal_processes_give_what_one_gives(monkeypatch: pytest.MonkeyPatch):
     student, teacher = answers()
     alone = losses(student, teacher)
