@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dfine.config import LossConfig
 from dfine.losses.criterion import criterion
-from dfine.model.detector import DFine, QuerySelection, detect, gather
+from dfine.model.detector import DFine, QuerySelection, detect, gather, keys
 from dfine.model.hybrid_encoder import RepVGG
 from dfine.structures import DFineOutput, Queries, Refinement, Target
 
@@ -176,6 +176,12 @@ def test_on_a_page_too_thin_for_any_cell_nothing_is_found_and_nothing_learned():
         thin, full = detect(model.eval()(pages(), sizes), [(64, 3), (64, 96)])
     assert len(thin.scores) == 0
     assert len(full.scores) == 24
+
+
+def test_a_page_without_a_single_real_query_has_something_to_attend_to():
+    """Not every attention kernel answers where all is masked."""
+    real = torch.tensor([[True, False], [False, False]])
+    assert keys(real).tolist() == [[True, False], [True, True]]
 
 
 def test_a_score_that_is_not_a_number_is_not_taken_for_none():
