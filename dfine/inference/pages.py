@@ -1,6 +1,7 @@
 """A page in, detections out: `dfine.load` gives a `Detector`; below it are functions of a model and arrays."""
 
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -70,13 +71,10 @@ class Detector:
         """
         if isinstance(pages, Page):
             return self([pages], threshold, dedupe, batch_size)[0]
-        found, batch = [], []
-        waiting = list(pages)
-        for place, page in enumerate(waiting):
-            batch.append(as_array(page, place))
-            if len(batch) == batch_size or place + 1 == len(waiting):
-                found += predict_pages(self.model, batch, self.data, threshold, dedupe)
-                batch = []
+        arrays = (as_array(page, place) for place, page in enumerate(pages))
+        found: list[Detections] = []
+        while batch := list(islice(arrays, batch_size)):
+            found += predict_pages(self.model, batch, self.data, threshold, dedupe)
         return [self._named(page) for page in found]
 
     def _named(self, found: Detections) -> Found:
