@@ -1,6 +1,6 @@
 """Trains a student with a frozen teacher: `torchrun distill.py --config configs/student_tiny.yaml [key=value ...]`.
 
-The teacher is a checkpoint, `distill.teacher=PATH`; what is saved is a plain detector.
+The teacher is a checkpoint, `distill.teacher=PATH`, which a resumed run needs too; what is saved is a plain detector.
 """
 
 import argparse
