@@ -46,7 +46,7 @@ def main() -> None:
     teacher.to(device).to(memory_format=torch.channels_last)
     run = Run(settings, train_pages.categories, model, device, len(sampler) // settings.train.accumulate)
     run.open(arguments.resume)
-    replica = engine.parallel(model, settings.train, device)
+    replica = engine.parallel(model, settings.train, device, settings.data.batch_size)
 
     def losses_of(batch: Batch) -> dict[str, torch.Tensor]:
         noised = freshly_noised(batch.targets, model.classes, settings.model.denoising)

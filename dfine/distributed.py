@@ -35,6 +35,12 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def cores() -> int:
+    """CPU cores for this process: its share of those that the processes on this machine may run on."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def is_main() -> bool:
     """Whether this is the process that writes and prints."""
     return rank() == 0
