@@ -1,6 +1,5 @@
 """From a file to pixels: pages look as on white paper, and boxes stay on what they enclose."""
 
-import dataclasses
 import warnings
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from PIL import Image
 from dfine.config import AugmentConfig
 from dfine.data.transforms import PageError, augment, augmentation, canvas_of, fit, pad, read_page, resize
 
-NONE = {field.name: 0.0 for field in dataclasses.fields(AugmentConfig) if field.name.endswith("_p")}
+NONE = {name: 0.0 for name in AugmentConfig.model_fields if name.endswith("_p")}
 ALL = dict.fromkeys(NONE, 1.0)
 
 
