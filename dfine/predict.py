@@ -30,7 +30,7 @@ from dfine.inference.pictures import draw
 from dfine.inference.results import CocoImages, JsonList, page_entry, read_predictions
 
 
-def arguments() -> argparse.Namespace:
+def arguments(line: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", required=True, help="best.pt or last.pt of a run")
@@ -67,7 +67,7 @@ def arguments() -> argparse.Namespace:
         help="processes that read pages, and as many that draw (default: %(default)s; 0: none)",
     )
     add("--fast", action="store_true", help="half precision, and compiled on a GPU: for many pages")
-    return parser.parse_intermixed_args()
+    return parser.parse_intermixed_args(line)
 
 
 def main() -> int:

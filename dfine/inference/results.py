@@ -72,7 +72,8 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
     """
     try:
         entries = json.loads(path.read_bytes())
-        if all({"file", "page", "width", "height", "detections"} <= entry.keys() for entry in entries):
+        keys = {"file", "page", "width", "height", "detections"}
+        if isinstance(entries, list) and all(keys <= entry.keys() for entry in entries):
             return entries
     except FileNotFoundError:
         return []
