@@ -19,10 +19,10 @@ from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from dfine.data.batches import leave_signals_to_the_main_process
+from dfine.data.batches import PageLoader, leave_signals_to_the_main_process
 from dfine.data.transforms import PageError
 from dfine.inference.documents import DPI, MARK, Place, list_pages, page_ranges, read
 from dfine.inference.pages import DEDUPE, Found, as_it_is, load
@@ -97,7 +97,7 @@ def main() -> int:
     found = detector.stream(
         places, options.threshold, options.dedupe, dpi=options.dpi, workers=options.workers, on_error=report
     )
-    drawn: Any = DataLoader(
+    drawn: Any = PageLoader(
         Drawing(options.out, options.pictures, options.dpi, detector.categories),
         sampler=enumerate(found, results.length),
         batch_size=None,

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.ops import nms
 
 from dfine.checkpoints.ours import load_model
 from dfine.config import DataConfig
-from dfine.data.batches import leave_signals_to_the_main_process
+from dfine.data.batches import PageLoader, leave_signals_to_the_main_process
 from dfine.data.sources import Source
 from dfine.data.transforms import PageError, as_page, canvas_of, fit, pad, resize
 from dfine.inference.documents import DPI, Place, boxes_in_points, is_one_page, list_pages, read
-from dfine.inference.evaluation import finite_on_cpu
+from dfine.inference.evaluation import finite
 from dfine.inference.pictures import draw, grid
 from dfine.model.detector import DFine, detect
 from dfine.structures import Detections
@@ -109,9 +109,10 @@ class Detector:
         Raises:
             PageError: a page cannot be read, or is no page, and there is no `on_error`; names file and page.
             FloatingPointError: a score or a box is not finite; names the page.
+            WorkerError: a worker is gone.
             ValueError: `numbers` is something else.
         """
-        loader: Any = DataLoader(
+        loader: Any = PageLoader(
             Reader(self.data, dpi),
             sampler=enumerate(_one_by_one(pages, numbers)),
             batch_size=None,
@@ -142,7 +143,7 @@ class Detector:
             originals: height, width of each page in the pixels that boxes are wanted in.
         """
         device = self.model.mean.device
-        return detect(self.model(images.to(device), sizes.to(device)), originals)
+        return detect(self.model(images.to(device), sizes), originals)
 
     def _answers(
         self, batch: list["Prepared | Failed"], threshold: float, dedupe: float
@@ -153,7 +154,7 @@ class Detector:
             return answers
         images, sizes = pad([page.pixels.numpy() for page in pages], self.stride)
         for page, found in zip(pages, self.detect(images, sizes, [page.size for page in pages]), strict=True):
-            found = finite_on_cpu(found, str(page.place or f"page {page.number}"))
+            found = finite(found, str(page.place or f"page {page.number}"))
             found = Detections(*(x[found.scores >= threshold] for x in found))
             found = Detections(*(x[nms(found.boxes, found.scores, dedupe)] for x in found))
             answers[page.number] = self._named(page, found)
