@@ -9,7 +9,7 @@ import sys
 import torch
 
 from dfine import config, distributed
-from dfine.checkpoints.ours import initialise, load_teacher
+from dfine.checkpoints.loading import initialise, load_teacher
 from dfine.data.batches import evaluation_loader, train_loader
 from dfine.data.sources import open_source
 from dfine.distributed import say
@@ -40,7 +40,8 @@ def main() -> None:
 
     model = DFine(settings.model, len(train_pages.categories))
     if settings.model.init_from:
-        say(initialise(model, settings.model.init_from, train_pages.categories))
+        start = settings.model
+        say(initialise(model, start.init_from, train_pages.categories, start.match_classes))
     model.to(device).to(memory_format=torch.channels_last)  # convolutions are faster so
     teacher = load_teacher(settings, arguments.config, train_pages.categories)
     teacher.to(device).to(memory_format=torch.channels_last)

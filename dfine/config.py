@@ -64,7 +64,10 @@ class ModelConfig:
     denoising: DenoisingConfig = field(default_factory=DenoisingConfig)
     mean: tuple[float, ...] = ()  # of RGB in [0, 1]; empty: what the backbone's timm weights were trained with
     std: tuple[float, ...] = ()
-    init_from: str = ""  # start from the weights of a checkpoint; class heads start anew where the classes differ
+    init_from: str = ""  # start from the weights of a checkpoint of any kind (README), or of a name on the hub
+    # Classes that the checkpoint names too (case, `-`, `_` and spaces aside) keep their rows of the class heads and of
+    # the denoising embedding. False: unless all classes are the same, all of these start anew.
+    match_classes: bool = True
 
     def __post_init__(self) -> None:
         _require(len(self.strides) >= 1, "model.strides", "one or more")
@@ -154,7 +157,7 @@ class GoLsdConfig:
 class DistillConfig:
     """Total loss: alpha x (class + box + GO-LSD) on the teacher's queries + beta x the losses of `loss`."""
 
-    teacher: str = ""  # a checkpoint of this project, with this run's strides and class names; for distill.py alone
+    teacher: str = ""  # a checkpoint (as model.init_from) with this run's strides and class names; for distill.py alone
     alpha: float = 1.0  # 0: the teacher is not asked
     beta: float = 1.0  # 0: the truth teaches nothing, query selection included
     classes: ClassDistillConfig = field(default_factory=ClassDistillConfig)
@@ -210,6 +213,10 @@ class DataConfig:
     short_edges: tuple[int, ...] = (480, 512, 544, 576, 608, 640)  # training draws one a batch
     eval_short_edge: int = 640
     max_long_edge: int = 928
+    sizing: str = (
+        "keep_aspect"  # or "squash": all pages get one shape, as published weights want; max_long_edge is moot
+    )
+    squash_aspect: float = 1.0  # height / width of squashed pages, whose shorter side is the short edge
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     def __post_init__(self) -> None:
@@ -217,6 +224,8 @@ class DataConfig:
         _require(self.workers >= 0, "data.workers", "0 or more")
         _require(bool(self.short_edges) and min(self.short_edges) >= 32, "data.short_edges", "32 pixels or more")
         _require(self.eval_short_edge >= 32, "data.eval_short_edge", "32 pixels or more")
+        _require(self.sizing in ("keep_aspect", "squash"), "data.sizing", "keep_aspect or squash")
+        _require(self.squash_aspect > 0, "data.squash_aspect", "positive")
         edge = max(*self.short_edges, self.eval_short_edge)
         _require(self.max_long_edge >= edge, "data.max_long_edge", f"at least the largest short edge ({edge})")
 
@@ -229,7 +238,10 @@ class TrainConfig:
     save_every: int = 1000  # steps between writing last.pt; 0: only at the end of each epoch
     eval_every: int = 2000  # steps between evaluations; 0: only at the end of each epoch
     learning_rate: float = 1e-4
-    backbone_factor: float = 1.0  # the backbone's learning rate, as a share of the rest's
+    # The backbone's learning rate, as a share of the rest's. 1 is the first design's, as are weight_decay and clip. Who
+    # fine-tunes strong weights takes less: D-FINE .5 (N, S), .1 (M), .05 (L), .01 (X) of 2e-4 to 8e-4, DEIMv2 with
+    # DINOv3 .025 of 5e-4, LT-DETR with DINOv3 ConvNeXt .05 of 5e-4; all with weight decay near 1e-4 and clip 0.1.
+    backbone_factor: float = 1.0
     # Learning rate (and so weight decay) of weight matrices under Muon (https://kellerjordan.github.io/posts/muon), as
     # a multiple of learning_rate, which all else keeps under AdamW; it saves steps from random weights. 0: AdamW alone.
     muon_factor: float = 0.0
