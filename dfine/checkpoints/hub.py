@@ -28,7 +28,7 @@ def folder(name: str) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=FILES))
     except Exception as error:  # huggingface_hub, and the HTTP library below it, have many kinds without a common one
-        reason = " ".join(str(error).split())[:200]
+        reason = (str(error).splitlines() or [""])[0]
         raise CheckpointError(
             f"{name}: no such file or folder here, and the Hugging Face hub does not give it ({type(error).__name__}: "
             f"{reason}). Without network, fetch {', '.join(FILES)} of {name} elsewhere, put them into a folder, and "

@@ -54,7 +54,7 @@ def load_model(name: str | Path) -> tuple[DFine, Config, list[dict[str, Any]]]:
     content = _read(path)
     if not isinstance(content, Foreign):
         return ours.assembled(path, content)
-    with one_line(path, content):
+    with one_line(_file(path), content):
         config = Config(model=original.architecture(content), data=content.data)
         model = DFine(config.model, content.classes)
         state = original.translated(content, model)
@@ -63,6 +63,11 @@ def load_model(name: str | Path) -> tuple[DFine, Config, list[dict[str, Any]]]:
         warnings.warn(f"{path}: has no denoising embedding: enough to detect, not to train on", stacklevel=2)
     names = content.names or [str(i) for i in range(content.classes)]
     return model.eval(), config, [{"id": i, "name": name} for i, name in enumerate(names)]
+
+
+def _file(path: Path) -> Path:
+    """The file with the weights, for messages."""
+    return path / transformers_format.WEIGHTS if path.is_dir() else path
 
 
 def _read(path: Path) -> Foreign | dict[str, Any]:
@@ -119,7 +124,7 @@ def _weights(path: Path, model: DFine) -> tuple[State, list[str] | None, int, st
     names: list[str] | None
     if isinstance(content, Foreign):
         names, count = content.names, content.classes
-        with one_line(path, content):
+        with one_line(_file(path), content):
             state = original.translated(content, model)
     elif {"ema", "categories"} <= content.keys():
         names = [category["name"] for category in content["categories"]]

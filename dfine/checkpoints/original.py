@@ -84,9 +84,14 @@ def one_line(path: str | Path, foreign: Foreign) -> Iterator[None]:
         raise
     except ValueError as error:
         first, *others = str(error).splitlines()
-        more = f" {'; '.join(others[:5])} ({len(others)} in all)" if others else ""
-        text = re.sub(r"[\w.]+\w", lambda m: _name_in(foreign.layout, m[0]), first + more)
+        text = f"{first} {first_few(others)}".strip().replace(" has no counterpart", " is missing")
+        text = re.sub(r"[\w.]+\w", lambda m: _name_in(foreign.layout, m[0]), text)
         raise CheckpointError(f"{path}: {text}{kin(foreign.state)}") from error
+
+
+def first_few(lines: list[str]) -> str:
+    """Some of what is wrong, in one line."""
+    return "; ".join(lines[:5]) + (f"; ... ({len(lines)} in all)" if len(lines) > 5 else "")
 
 
 def _name_in(layout: str, name: str) -> str:
@@ -274,7 +279,7 @@ def _points(state: State, name: str) -> tuple[int, ...]:
     rest, points = _tensor(state, name).flatten().tolist(), []
     while rest:
         p = round(1 / rest[0]) if 0 < rest[0] < math.inf else 0
-        if not 1 <= p <= len(rest) or any(abs(p * x - 1) > 1e-4 for x in rest[:p]):
+        if not 1 <= p <= len(rest) or any(abs(p * x - 1) > 0.01 for x in rest[:p]):
             raise ValueError(f"{name} must hold 1 / p for each of the p points of a level, found {rest[:5]}")
         points.append(p)
         rest = rest[p:]

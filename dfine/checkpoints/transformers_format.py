@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from dfine.checkpoints import original
 from dfine.checkpoints.names import renamed
-from dfine.checkpoints.original import COUNTER, Foreign, State, one_line
+from dfine.checkpoints.original import COUNTER, Foreign, State, first_few, one_line
 from dfine.checkpoints.ours import CheckpointError
 from dfine.config import Config, DataConfig, ModelConfig
 from dfine.data.transforms import model_size
@@ -87,7 +87,7 @@ def read(path: Path) -> Foreign:
         foreign = foreign._replace(names=_class_names(settings, where, foreign.classes))
     wrong = list(_contradictions(settings, facts, facts["encoder_hidden_dim"]))
     if wrong:
-        raise CheckpointError(f"{where}: contradicts {WEIGHTS}: {'; '.join(wrong[:5])} ({len(wrong)} in all)")
+        raise CheckpointError(f"{where}: contradicts {WEIGHTS}: {first_few(wrong)}")
     return foreign
 
 
@@ -110,7 +110,7 @@ def by_original_names(path: Path) -> State:
         if theirs is None and not DERIVED.search(name):
             unknown.append(name)
         elif theirs is not None and not state.setdefault(theirs, tensor).equal(tensor):  # heads may be there twice
-            raise CheckpointError(f"{path}: {name} is not {full}, which must be the same")
+            raise CheckpointError(f"{path}: {name} is there twice, with different numbers")
     if unknown or not state:
         found = f"{len(unknown)} of its {len(tensors)} tensors have no place, such as {', '.join(sorted(unknown)[:3])}"
         raise CheckpointError(f"{path}: not D-FINE as transformers has it{original.kin(tensors)}: {found}")
