@@ -181,9 +181,9 @@ def _class_map(
     if theirs is None or theirs == names or len(fresh) == len(names):
         return text
     kept = [(name, theirs[row]) for name, row in zip(names, rows, strict=True) if row is not None]
-    text += f"; keep their rows: {listed([own if own == their else f'{own} ({their})' for own, their in kept])}"
+    text += f"\n  keep their rows: {listed([own if own == their else f'{own} ({their})' for own, their in kept])}"
     unused = [name for place, name in enumerate(theirs) if place not in rows]
-    return text + (f"; not taken: {listed(unused)}" if unused else "")
+    return text + (f"\n  not taken: {listed(unused)}" if unused else "")
 
 
 def load_teacher(config: Config, source: str, categories: list[dict[str, Any]]) -> DFine:

@@ -14,6 +14,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -290,12 +291,21 @@ def _backbone(state: State) -> str:
     """The HGNetV2 of timm that has the checkpoint's tensors."""
     ours = {our_name(name): tensor for name, tensor in state.items() if name.startswith("backbone.")}
     shapes = {name.removeprefix("backbone.body."): x.shape for name, x in ours.items() if not name.endswith(COUNTER)}
-    for candidate in timm.list_models("hgnetv2_*"):
-        with torch.device("meta"):  # names and shapes without memory
-            body = timm.create_model(candidate, features_only=True).state_dict()
-        if {name: x.shape for name, x in body.items() if not name.endswith(COUNTER)} == shapes:
+    for candidate, its_shapes in _hgnets().items():
+        if its_shapes == shapes:
             return candidate
     raise ValueError(f"timm {timm.__version__} has no HGNetV2 with the {len(shapes)} tensors of this backbone")
+
+
+@cache
+def _hgnets() -> dict[str, dict[str, torch.Size]]:
+    """Names and shapes of the tensors of every HGNetV2 of timm."""
+    with torch.device("meta"):  # without memory
+        bodies = {name: timm.create_model(name, features_only=True) for name in timm.list_models("hgnetv2_*")}
+    return {
+        name: {key: x.shape for key, x in body.state_dict().items() if not key.endswith(COUNTER)}
+        for name, body in bodies.items()
+    }
 
 
 def _tensor(state: State, name: str) -> Tensor:
