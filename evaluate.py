@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dfine import config, distributed
 from dfine.checkpoints.loading import load_model
+from dfine.config import ConfigError
 from dfine.data.batches import evaluation_loader
 from dfine.data.sources import open_source
 from dfine.distributed import say
@@ -25,6 +26,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.val.images=pages/test")
     arguments = parser.parse_intermixed_args()
     model, settings, categories = load_model(arguments.checkpoint)
+    for text in arguments.overrides:
+        if text.startswith(("model", "loss", "distill")):
+            raise ConfigError(f"override {text!r}: the model is the checkpoint's; set data, train and run_dir only")
     checkpoint = Path(arguments.checkpoint)
     beside = checkpoint if checkpoint.is_dir() else checkpoint.parent
     folder = beside if checkpoint.exists() else Path("runs", checkpoint.name.partition("@")[0])  # a name on the hub

@@ -25,7 +25,7 @@ def pages(tmp_path: Path) -> PagesConfig:
     shapes = {9: (90, 120), 0: (120, 90), 4: (90, 120), 2: (60, 60), 7: (90, 120)}
     entries = [image(image_id, *size) for image_id, size in shapes.items()]
     images, annotations = write(tmp_path / "pages", entries, [annotation(9, [5, 5, 40, 30], 3)])
-    return PagesConfig(str(images), str(annotations))
+    return PagesConfig(images=str(images), annotations=str(annotations))
 
 
 def settings(pages: PagesConfig, batch_size: int = 2) -> Config:
@@ -78,6 +78,12 @@ def test_overrides_of_the_script_win_over_the_checkpoint(best: Path, tmp_path: P
     results = json.loads((tmp_path / "elsewhere" / "detections.json").read_text())
     assert {result["image_id"] for result in results} == {1}
     assert not (best.parent / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("override", ["model.decoder.queries=3", "loss.vfl=2", "distill.teacher=best.pt"])
+def test_overrides_that_an_evaluation_would_not_heed_are_refused(best: Path, script: Any, override: str) -> None:
+    with pytest.raises(ConfigError, match=f"override '{override}': the model is the checkpoint's"):
+        script("--checkpoint", best, override)
 
 
 @pytest.mark.parametrize("other", [{"id": 3, "name": "list"}, {"id": 2, "name": "table"}])

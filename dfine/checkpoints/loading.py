@@ -126,11 +126,10 @@ def _weights(path: Path, model: DFine) -> tuple[State, list[str] | None, int, st
         names, count = content.names, content.classes
         with one_line(_file(path), content):
             state = original.translated(content, model)
-    elif {"ema", "categories"} <= content.keys():
+    else:
+        ours.require(path, content, ours.FOR_USE)
         names = [category["name"] for category in content["categories"]]
         state, count = dict(content["ema"]), len(names)
-    else:
-        raise CheckpointError(f"{path}: not a checkpoint of this project")
     if names is not None:
         return state, names, count, f"classes {listed(names)}"
     source = "transformers" if path.suffix == ".safetensors" else "the original implementation"

@@ -182,7 +182,8 @@ def _preprocessing(path: Path) -> dict[str, Any]:
             read |= {key: tuple(float(x) for x in settings[f"image_{key}"]) for key in ("mean", "std")}
             ModelConfig(**{key: read[key] for key in ("mean", "std")})  # three numbers each?
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be followed ({type(error).__name__}: {error})") from error
+        said = " ".join(str(error).split())  # pydantic's has several lines
+        raise CheckpointError(f"{path}: cannot be followed ({type(error).__name__}: {said})") from error
     return read
 
 

@@ -1,10 +1,11 @@
 """Any timm `features_only` model at the configured strides."""
 
 import difflib
+from collections import Counter
 from typing import Any
 
 import timm
-from timm.layers import Format
+from timm.layers import Format, is_fast_norm, set_fast_norm
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -67,6 +68,16 @@ class Backbone(nn.Module):
                 self.body.set_submodule(node.target, getattr(norm, "act", nn.Identity()))
 
 
+def repeated(module: nn.Module) -> list[nn.Module]:
+    """The blocks of a model: the modules of one class that make up a chain, such as a stage of a ConvNeXt."""
+    if isinstance(module, nn.Sequential | nn.ModuleList):
+        blocks = Counter(type(part) for part in module if not isinstance(part, nn.Sequential) and any(part.children()))
+        kind, count = max(blocks.items(), key=lambda item: item[1], default=(None, 0))
+        if count > 1:
+            return [part for part in module if type(part) is kind]
+    return [block for part in module.children() for block in repeated(part)]
+
+
 class ConvNormTracer(fx.Tracer):
     """Records convolutions and batch norms as calls, also those that timm derives from torch's."""
 
@@ -77,10 +88,14 @@ class ConvNormTracer(fx.Tracer):
 def _create(config: BackboneConfig, **kwargs: Any) -> Any:
     if config.weights:
         kwargs["pretrained_cfg_overlay"] = {"file": config.weights}
+    others = is_fast_norm()
+    set_fast_norm()  # under autocast timm's layer norms read and write bf16, and compute in fp32 all the same
     try:
         return timm.create_model(config.name, pretrained=config.pretrained, features_only=True, **kwargs)
     except Exception as error:
         raise ConfigError(_advice(config, error)) from error
+    finally:
+        set_fast_norm(others)  # as it was for models other than this one
 
 
 def _advice(config: BackboneConfig, error: Exception) -> str:

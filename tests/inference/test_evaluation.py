@@ -152,7 +152,7 @@ def pages(tmp_path: Path) -> PagesConfig:
     shapes = {9: (90, 120), 0: (120, 90), 4: (90, 120), 2: (60, 60), 7: (90, 120)}
     entries = [image(image_id, *size) for image_id, size in shapes.items()]
     images, annotations = write(tmp_path / "pages", entries, [annotation(9, [5, 5, 40, 30], 3)])
-    return PagesConfig(str(images), str(annotations))
+    return PagesConfig(images=str(images), annotations=str(annotations))
 
 
 def settings(pages: PagesConfig, batch_size: int = 2) -> Config:
