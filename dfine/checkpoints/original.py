@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from dfine.checkpoints.names import renamed
@@ -84,7 +85,10 @@ def one_line(path: str | Path, foreign: Foreign) -> Iterator[None]:
     except CheckpointError:
         raise
     except ValueError as error:
-        first, *others = str(error).splitlines()
+        said = (
+            error.errors()[0]["msg"].removeprefix("Value error, ") if isinstance(error, ValidationError) else str(error)
+        )
+        first, *others = said.splitlines()
         text = f"{first} {first_few(others)}".strip().replace(" has no counterpart", " is missing")
         text = re.sub(r"[\w.]+\w", lambda m: _name_in(foreign.layout, m[0]), text)
         raise CheckpointError(f"{path}: {text}{kin(foreign.state)}") from error

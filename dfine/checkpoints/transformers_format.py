@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from dfine import config as configs
 from dfine.checkpoints import original
 from dfine.checkpoints.names import renamed
 from dfine.checkpoints.original import COUNTER, Foreign, State, first_few, one_line
@@ -173,34 +174,29 @@ def _preprocessing(path: Path) -> dict[str, Any]:
     for key, value in known.items():
         if settings.get(key, value) not in (value, None):
             raise CheckpointError(f"{path}: {key} must be {json.dumps(value)}, found {settings[key]!r}")
-    factor, size = settings.get("rescale_factor", 1 / 255), settings["size"]
+    factor = settings.get("rescale_factor", 1 / 255)
     if not isinstance(factor, float) or not math.isclose(factor, 1 / 255, rel_tol=1e-4):
         raise CheckpointError(f"{path}: rescale_factor must be 1 / 255, found {factor!r}")
     try:
-        read["data"] = _sizing(size)
+        read["data"] = configs.from_dict({"data": _sizing(settings["size"])}).data
         if settings["do_normalize"]:
-            read |= {key: tuple(float(x) for x in settings[f"image_{key}"]) for key in ("mean", "std")}
-            ModelConfig(**{key: read[key] for key in ("mean", "std")})  # three numbers each?
-    except (KeyError, TypeError, ValueError) as error:
-        said = " ".join(str(error).split())  # pydantic's has several lines
-        raise CheckpointError(f"{path}: cannot be followed ({type(error).__name__}: {said})") from error
+            numbers = {key: settings[f"image_{key}"] for key in ("mean", "std")}
+            model = configs.from_dict({"model": numbers}).model
+            read |= {"mean": model.mean, "std": model.std}
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be followed ({type(error).__name__}: {error})") from error
     return read
 
 
-def _sizing(size: dict[str, int]) -> DataConfig:
-    if "shortest_edge" in size:
-        edge, longest = int(size["shortest_edge"]), int(size["longest_edge"])
-        return DataConfig(short_edges=(edge,), eval_short_edge=edge, max_long_edge=longest)
-    height, width = int(size["height"]), int(size["width"])
-    edge = min(height, width)
-    longest = max(height, width, original.SQUASHED.max_long_edge)
-    return DataConfig(
-        sizing="squash",
-        squash_aspect=height / width,
-        short_edges=(edge,),
-        eval_short_edge=edge,
-        max_long_edge=longest,
-    )
+def _sizing(size: dict[str, int]) -> dict[str, Any]:
+    """How pages are sized, as keys of `data`."""
+    if size.get("shortest_edge"):
+        edge, longest = size["shortest_edge"], size["longest_edge"]
+        return {"short_edges": [edge], "eval_short_edge": edge, "max_long_edge": longest}
+    height, width = size["height"], size["width"]
+    edge, longest = min(height, width), max(height, width, original.SQUASHED.max_long_edge)
+    squash = {"sizing": "squash", "squash_aspect": height / width}
+    return squash | {"short_edges": [edge], "eval_short_edge": edge, "max_long_edge": longest}
 
 
 def _contradictions(theirs: dict[str, Any], facts: dict[str, Any], width: int) -> Iterator[str]:
