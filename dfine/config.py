@@ -224,7 +224,8 @@ class TrainConfig(Section):
     warmup: PartialShare = 0.02  # share of all steps
     weight_decay: NonNegative = 0.05  # none on norms and biases
     clip: Positive = 1.0  # gradient norm
-    accumulate: Count = 1  # batches per optimizer step
+    # Batches per optimizer step. Their losses are averaged, each over its own boxes: nearly, not quite, a larger batch.
+    accumulate: Count = 1
     ema_decay: PartialShare = 0.9999  # its limit: the average forgets faster while it is young
     freeze_backbone_steps: Whole = 0
     bf16: bool = True  # autocast on a GPU; boxes, softmax and losses stay in fp32

@@ -14,7 +14,7 @@ from processes import gone, launch
 
 from dfine import distributed
 from dfine.config import AugmentConfig, Config, DataConfig, TrainConfig
-from dfine.data.batches import PageKey, TrainBatches, evaluation_batches, evaluation_loader, train_loader
+from dfine.data.batches import PageDataset, PageKey, TrainBatches, evaluation_batches, evaluation_loader, train_loader
 from dfine.data.sources import CocoPages
 from dfine.data.transforms import canvas_of, fit
 
@@ -124,6 +124,19 @@ def test_a_page_is_augmented_by_seed_epoch_and_page_whoever_loads_it(tmp_path: P
     for batch, other in zip(alone[1:], batches(workers=2, start=1), strict=True):
         assert torch.equal(batch.images, other.images)
         assert all(torch.equal(a.boxes, b.boxes) for a, b in zip(batch.targets, other.targets, strict=True))
+
+
+def test_a_page_is_augmented_otherwise_in_every_epoch_and_with_every_seed(tmp_path: Path) -> None:
+    images, file = write(tmp_path, [image(1, 60, 60)], [annotation(1, [20, 20, 20, 20])])
+    noise = np.random.default_rng(1).integers(0, 255, (60, 60, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(images / "1.png")
+    source = CocoPages(images, file)
+    always = AugmentConfig(rotation_p=1.0, noise_p=1.0)
+    data = DataConfig(batch_size=2, short_edges=(64,), augment=always)
+    keys = [(seed, PageKey(0, 64, epoch)) for seed in range(2) for epoch in range(3)]
+    pages = [PageDataset(source, data, seed, training=True)[key] for seed, key in keys]
+    assert len({page.tobytes() for page, _ in pages}) == 6
+    assert len({tuple(target.boxes.flatten().tolist()) for _, target in pages}) == 6
 
 
 def test_a_batch_lays_pages_in_the_upper_left_corner_and_says_how_large_they_are(tmp_path: Path) -> None:
