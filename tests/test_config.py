@@ -1,10 +1,14 @@
-"""Configuration: dataclasses hold the defaults, a YAML file what differs, `key=value` the last word; all else stops."""
+"""Configuration: models hold the defaults, a YAML file what differs, `key=value` the last word; all else stops."""
 
-from dataclasses import FrozenInstanceError
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from dfine.config import Config, ConfigError, from_dict, load, override, to_dict
 
@@ -78,8 +82,31 @@ def test_a_config_survives_the_way_into_yaml_and_back():
 
 
 def test_a_config_cannot_be_changed():
-    with pytest.raises(FrozenInstanceError):
+    with pytest.raises(ValidationError, match="frozen"):
         Config().run_dir = "elsewhere"
+
+
+def test_a_config_can_be_hashed_and_sent_to_another_process():
+    config = override(Config(), ["model.strides=[16, 32]", "model.decoder.points=[4, 4]"])
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert hash(pickle.loads(pickle.dumps(config))) == hash(config)
+
+
+def test_a_config_is_plain_mappings_lists_and_values_in_a_checkpoint():
+    tree = to_dict(Config())
+    assert tree["model"]["strides"] == [8, 16, 32]
+    assert type(tree["model"]["decoder"]) is dict
+    assert yaml.safe_load(yaml.safe_dump(tree)) == tree
+
+
+def test_a_section_that_is_set_as_a_whole_starts_from_its_defaults():
+    config = override(Config(), ["data.augment.noise_p=1", "data.augment={blur_p: 0.5}", "data.augment.elastic_p=0"])
+    assert (config.data.augment.blur_p, config.data.augment.elastic_p, config.data.augment.noise_p) == (0.5, 0, 0.1)
+    assert override(Config(), ["data.train={}", "data.train.images=2024"]).data.train.images == "2024"
+
+
+def test_importing_it_warns_of_nothing():
+    subprocess.run([sys.executable, "-W", "error", "-c", "import dfine.config"], check=True)
 
 
 # What cannot be meant
@@ -124,6 +151,10 @@ def test_keys_that_are_no_text_are_unknown_keys(tmp_path: Path):
         ("train.clip=true", "train.clip: expected float, found True"),
         ("model.strides=8", "model.strides: expected a list such as [1, 2], found 8"),
         ("model.strides=[8, x, 32]", "model.strides: expected int, found 'x'"),
+        ("model.strides=[8, [16], 32]", "model.strides: expected int, found [16]"),
+        ("model.mean=[0.5, 1e-x, 0.5]", "model.mean: expected float, found '1e-x'"),
+        ("train.epochs='3'", "train.epochs: expected int, found '3'"),
+        ("train.clip=1" + 400 * "0", f"train.clip: expected float, found {10**400}"),
         ("model.decoder=6", "model.decoder: expected keys and values, found 6"),
     ],
 )
@@ -146,8 +177,17 @@ def test_an_override_below_a_value_is_refused():
     )
 
 
-def test_an_override_that_is_no_yaml_is_refused():
-    assert refused("model.strides=[8, 16").startswith("override 'model.strides=[8, 16': the value is not YAML")
+@pytest.mark.parametrize("text", ["model.strides=[8, 16", "train.epochs=2026-13-01"])
+def test_an_override_that_is_no_yaml_is_refused_in_one_line(text: str):
+    assert refused(text).startswith(f"override {text!r}: the value is not YAML: ")
+    assert "\n" not in refused(text)
+
+
+def test_an_override_below_an_override_that_is_no_section_is_refused():
+    assert refused("data=3", "data.train.images=pages") == (
+        "override 'data.train.images=pages': data is a value and has no keys of its own"
+    )
+    assert refused("train.epochs={}", "train.epochs.first=3") == "train.epochs: expected int, found {'first': 3}"
 
 
 @pytest.mark.parametrize("text", ["- 1\n- 2", "model", "3"])
@@ -156,9 +196,11 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str):
         load(written(tmp_path, text))
 
 
-def test_a_file_that_is_no_yaml_is_refused(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"config.yaml: not YAML"):
-        load(written(tmp_path, "model: ["))
+@pytest.mark.parametrize("content", [b"model: [", b"run_dir: \xff", b"run_dir: 2026-13-01"])
+def test_a_file_that_is_no_yaml_is_refused_in_one_line(tmp_path: Path, content: bytes):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config.yaml: not YAML: [^\n]+$"):
+        load(tmp_path / "config.yaml")
 
 
 def test_a_missing_file_is_named(tmp_path: Path):
@@ -193,24 +235,66 @@ def test_a_missing_file_is_named(tmp_path: Path):
         ("distill.go_lsd.weight", "-1", "0 or more"),
         ("distill.go_lsd.temperature", "0", "positive"),
         ("distill.go_lsd.start_epoch", "-1", "0 or more"),
+        ("model.strides", "[0, 0, 0]", "one or more"),
+        ("model.encoder.hidden_dim", "-8", "0 or more"),
+        ("model.encoder.feedforward_dim", "0", "1 or more"),
+        ("model.encoder.depth_mult", "0", "positive"),
+        ("model.encoder.expansion", "0.001", "2 / 256 or more"),
+        ("model.denoising.queries", "-1", "0 or more"),
+        ("model.denoising.label_noise", "3", "from 0 to 1"),
+        ("model.denoising.box_noise", "-1", "0 or more"),
         ("model.mean", "[0.5]", "three numbers"),
+        ("model.mean", "[123.7, 116.3, 103.5]", "less than or equal to 1"),
         ("model.std", "[0.5, 0.5, 0]", "three positive numbers"),
         ("data.batch_size", "0", "1 or more"),
         ("data.short_edges", "[]", "32 pixels or more"),
+        ("data.short_edges", "[480, 16]", "32 pixels or more"),
+        ("data.eval_short_edge", "31", "32 pixels or more"),
         ("data.augment.blur_p", "2", "from 0 to 1"),
         ("data.augment.elastic_sigma", "1", "4 or more"),
         ("data.augment.rotation_degrees", "0", "positive (its p turns it off)"),
         ("loss.matcher.encoder_queries", "0", "1 or more"),
         ("train.muon_factor", "-1", "0 or more"),
         ("train.epochs", "0", "1 or more"),
-        ("train.seed", "-1", "0 or more"),
+        ("train.seed", "-1", "from 0 to below 2**64"),
+        ("train.seed", str(2**64), "from 0 to below 2**64"),
         ("train.learning_rate", "0", "positive"),
-        ("train.warmup", "1", "a share of the run, from 0 to below 1"),
+        ("train.backbone_factor", "-1", "0 or more"),
+        ("train.min_learning_rate", "-0.001", "0 or more"),
+        ("train.warmup", "1", "from 0 to below 1"),
         ("train.ema_decay", "1", "from 0 to below 1"),
     ],
 )
 def test_a_value_that_cannot_work_is_refused(key: str, value: str, must_be: str):
-    assert refused(f"{key}={value}") == f"{key}: must be {must_be}"
+    message, found = refused(f"{key}={value}").split(", found ")
+    assert message == f"{key}: must be {must_be}"
+    assert found.strip("'") in value  # of a list the one number that is wrong, or all
+
+
+def numbers(tree: dict, path: str = "") -> Iterator[tuple[str, object]]:
+    """Every numeric setting: its key, and its default."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from numbers(value, f"{path}{name}.")
+        elif not isinstance(value, (str, bool)):
+            yield path + name, value
+
+
+@pytest.mark.parametrize(("key", "default"), list(numbers(to_dict(Config()))))
+def test_every_number_has_a_range(key: str, default: object):
+    """No number may be negative, and none may be infinite or not a number."""
+    for number, found in (("-1", "-1"), (".nan", "nan"), (".inf", "inf"), ("1e999", "")):
+        message = refused(f"{key}=[{number}]" if isinstance(default, list) else f"{key}={number}")
+        assert message.startswith(f"{key}: ")
+        assert found in message
+        assert "\n" not in message
+
+
+def test_infinite_is_not_called_out_of_range():
+    assert refused("train.clip=.inf") == "train.clip: must be a finite number, found inf"
+    assert refused("model.denoising.label_noise=nan") == (
+        "model.denoising.label_noise: must be a finite number, found nan"
+    )
 
 
 def test_the_long_edge_cannot_be_shorter_than_the_short_one():
@@ -218,8 +302,18 @@ def test_the_long_edge_cannot_be_shorter_than_the_short_one():
 
 
 def test_the_encoders_width_is_a_multiple_of_its_heads():
-    assert refused("model.encoder.heads=7") == "model.encoder.heads: must be a divisor of the encoder's width 256"
-    assert refused("model.encoder.hidden_dim=300").endswith("the encoder's width 300")
+    assert refused("model.encoder.heads=7") == (
+        "model.encoder.heads: must be a divisor of the encoder's width 256, found 7"
+    )
+    assert refused("model.encoder.hidden_dim=300").endswith("the encoder's width 300, found 8")
+
+
+def test_the_encoders_width_is_a_multiple_of_four():
+    four = "must be a multiple of 4 (positions are two sines and two cosines), found"
+    assert refused("model.encoder.hidden_dim=6", "model.encoder.heads=2") == f"model.encoder.hidden_dim: {four} 6"
+    assert refused("model.hidden_dim=6", "model.encoder.heads=2", "model.decoder.heads=2") == (
+        f"model.hidden_dim: {four} 6"
+    )
 
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda p: p.stem)

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from dfine import predict
 from dfine.checkpoints import ours
 from dfine.config import ConfigError, from_dict
 from dfine.model.detector import DFine
+from dfine.training import engine
+from dfine.training.run import Run
 
 CATEGORIES = [{"id": 3, "name": "text"}, {"id": 5, "name": "figure"}]
 START_LATE = ["distill.go_lsd.start_epoch=1"]  # of two: the loss changes on the way
@@ -81,7 +84,7 @@ def test_the_student_is_a_plain_detector(folder: Path, uninterrupted: Path, tmp_
             assert predict.main() == 0
     finally:
         hidden.rename(folder / "teacher.pt")
-    assert "AP" in json.loads((tmp_path / "metrics.json").read_text())
+    assert "AP" in json.loads((tmp_path / "best.metrics.json").read_text())
     assert json.loads((tmp_path / "found" / "predictions.json").read_text())[0]["detections"]
 
 
@@ -97,6 +100,25 @@ def test_a_run_stopped_in_mid_epoch_and_resumed_equals_the_uninterrupted_one(
     distill(folder, tmp_path / "run", *START_LATE, "train.max_steps=3")
     distill(folder, tmp_path / "run", *START_LATE, "--resume")
     assert same(state(tmp_path / "run"), state(uninterrupted))
+
+
+def test_a_run_goes_on_with_fewer_terms_and_the_means_are_over_the_steps_that_had_them(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = engine.optimize
+
+    def optimize(run: Run, *arguments: Any) -> dict[str, float]:
+        run.signalled = run.step == 1
+        return whole(run, *arguments)
+
+    monkeypatch.setattr(engine, "optimize", optimize)
+    distill(folder, tmp_path / "run")
+    assert state(tmp_path / "run")["step"] == 2
+    before = [step["distill_go_lsd"] for step in ours.read(tmp_path / "run" / "last.pt")["since_evaluation"]]
+    distill(folder, tmp_path / "run", "--resume", "distill.go_lsd.weight=0", "train.max_steps=4")
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert {"distill_class", "distill_box", "distill_go_lsd"} < line["train"].keys()
+    assert line["train"]["distill_go_lsd"] == pytest.approx(sum(before) / 2)
 
 
 def test_without_alpha_the_teacher_is_not_asked_and_the_student_learns_as_if_alone(
@@ -142,7 +164,7 @@ def test_a_non_finite_term_stops_with_its_name_and_the_images_and_keeps_the_chec
     distill(folder, tmp_path / "run", "train.max_steps=1")
     before = (tmp_path / "run" / "last.pt").read_bytes()
     with pytest.raises(FloatingPointError, match=r"step 1: not finite: .*distill_go_lsd.*image ids \["):
-        distill(folder, tmp_path / "run", "--resume", "distill.go_lsd.weight=.inf")
+        distill(folder, tmp_path / "run", "--resume", "distill.go_lsd.weight=1e300")
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
 

@@ -1,16 +1,22 @@
 """Two processes do what one does."""
 
+import functools
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from processes import ends, launch
-from tiny import freeze_batch_norms, noised, random_boxes, shaken, tiny_model
+from tiny import freeze_batch_norms, noised, random_boxes, shaken, tiny_config, tiny_model
 
 from dfine import distributed
-from dfine.config import BackboneConfig, LossConfig, TrainConfig
+from dfine.config import BackboneConfig, DenoisingConfig, LossConfig, TrainConfig
 from dfine.losses.criterion import criterion
 from dfine.model.backbone import Backbone
+from dfine.model.denoising import freshly_noised
+from dfine.model.detector import DFine
 from dfine.structures import NoisedTruth, Target
 from dfine.training import engine
 
@@ -54,6 +60,21 @@ def test_a_global_batch_has_the_same_gradients_on_one_and_on_two_processes(
     assert max((two[name] - gradient).abs().max() for name, gradient in one.items()) < 1e-5
 
 
+def test_ddp_waits_for_no_gradient_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HRNet has weights for its stride of 4 alone, and without denoising its labels are unused."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(engine, "DistributedDataParallel", lambda model, **_: model)
+    off = DenoisingConfig(queries=0)
+    config = tiny_config(backbone="hrnet_w18_small").model_copy(update={"denoising": off})
+    model = engine.parallel(DFine(config, 3), TrainConfig(), torch.device("cpu"))
+    targets = pages((2, 0))
+    output = model(torch.rand(2, 3, 64, 96), noised=freshly_noised(targets, 3, off))
+    monkeypatch.undo()
+    losses = criterion(output, targets, model.decoder.w, LossConfig())
+    torch.stack([loss.sum() for loss in losses.values()]).sum().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is None and p.requires_grad} == set()
+
+
 def values_of(rank_file: Path) -> None:
     distributed.start()
     rank = distributed.rank()
@@ -79,11 +100,45 @@ def test_what_processes_tell_each_other(tmp_path: Path) -> None:
         assert mean.tolist() == [0, 0]
 
 
+def slow_main(rank_file: Path) -> None:
+    """What the main process does alone takes longer than torch would wait."""
+    start = dist.init_process_group
+    dist.init_process_group = functools.partial(start, timeout=timedelta(seconds=1))  # 30 minutes, sooner
+    distributed.start()
+    asked = [lambda: distributed.any_process(False), lambda: distributed.gather(1), lambda: distributed.on_main(int)]
+    for question in asked:
+        if distributed.is_main():
+            time.sleep(2)
+        question()
+    rank_file.with_name(f"rank{distributed.rank()}").touch()
+    distributed.finish()
+
+
+def test_processes_wait_for_the_main_process_however_long_it_takes(tmp_path: Path) -> None:
+    assert ends(launch(slow_main, tmp_path / "rank")) == [0, 0]
+    assert {path.name for path in tmp_path.iterdir()} == {"rank0", "rank1"}
+
+
+def mistaken_main(rank_file: Path) -> None:
+    distributed.start()
+    try:
+        distributed.on_main(lambda: int("no number"))
+    except ValueError as error:
+        rank_file.with_name(f"rank{distributed.rank()}").write_text(str(error))
+    distributed.finish()
+
+
+def test_what_stops_the_main_process_stops_all_with_the_same_words(tmp_path: Path) -> None:
+    assert ends(launch(mistaken_main, tmp_path / "rank")) == [0, 0]
+    assert "no number" in (tmp_path / "rank0").read_text() == (tmp_path / "rank1").read_text()
+
+
 def test_one_process_asks_nobody() -> None:
     x = torch.ones(2)
     assert distributed.sum_over_processes(x) is x
     assert distributed.any_process(True)
     assert distributed.gather(5) == [5]
+    assert distributed.on_main(lambda: 5) == 5
     assert distributed.is_main()
 
 

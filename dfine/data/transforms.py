@@ -9,7 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from dfine.config import AugmentConfig
@@ -20,6 +20,19 @@ import albumentations as A
 cv2.setNumThreads(0)  # loader processes are the parallelism; OpenCV's own threads only fight with them
 
 WHITE = (255, 255, 255)
+TURNS: dict[Any, Image.Transpose] = {  # by EXIF orientation; 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+# Pixels. No annotation means less, and on a page of 65,535 pixels float32 still tells the edges of such a box apart.
+THINNEST = 0.01
 
 
 class PageError(ValueError):
@@ -43,8 +56,8 @@ def read_page(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarr
         with Image.open(path) as image:
             turn = size is None or (image.height, image.width) != size
             page = as_page(image, turn)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of these are Pillow's
-        raise PageError(f"{path}: cannot read the image: {error}") from error
+    except Exception as error:  # what Pillow and the libraries below it raise on a broken file is no closed list
+        raise PageError(f"{path}: cannot read the image: {str(error) or type(error).__name__}") from error
     if size is not None and page.shape[:2] != size:
         found = f"{page.shape[1]}x{page.shape[0]}"
         raise PageError(f"{path}: the image is {found} pixels, the annotations say {size[1]}x{size[0]}")
@@ -53,10 +66,24 @@ def read_page(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarr
 
 def as_page(image: Image.Image, turn: bool = True) -> np.ndarray:
     """An image as it should look on white paper, (H, W, 3) uint8 RGB; `turn`: after its EXIF rotation."""
-    return np.array(_on_white(ImageOps.exif_transpose(image) if turn else image))
+    return np.array(_on_white(_turned(image) if turn else image))
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """After its EXIF rotation. Pillow's `exif_transpose` also writes the EXIF block anew, and fails if it is odd."""
+    image.load()  # may itself turn the image, and drop the tag (TIFF)
+    try:
+        how = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # as for files: a block that cannot be read says nothing, and the page is as it lies
+        how = None
+    return image if how is None else image.transpose(how)
 
 
 def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode == "F":  # white may be 1, 255 or 65535, and a little more where an edge was sharpened
+        floats = np.nan_to_num(np.asarray(image), posinf=0)
+        white = 1 if floats.max() < 2 else 255 if floats.max() < 2 * 255 else 65535
+        return Image.fromarray((255 / white * floats).round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode.startswith("I"):  # 16 bits, or what Pillow makes of them
         pixels = np.asarray(image).astype(np.int64)
         eight_bits = (pixels >> 8 if pixels.max() > 255 else pixels).clip(0, 255).astype(np.uint8)
@@ -87,7 +114,7 @@ def resize(page: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(H, W, 3) -> (height, width, 3); area averaging when it shrinks, so that thin strokes stay grey."""
     if page.shape[:2] == size:
         return page
-    shrinks = size[0] < page.shape[0]
+    shrinks = size[0] < page.shape[0] or size[1] < page.shape[1]
     return cv2.resize(page, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
@@ -141,6 +168,11 @@ class Elastic(A.ElasticTransform):
         return np.concatenate([moved, keypoints[:, 2:]], axis=-1)
 
 
+def have_an_area(boxes: np.ndarray) -> np.ndarray:
+    """Which of (T, 4) xyxy boxes in pixels are not empty, nor slivers that clipping left: (T,) bool."""
+    return (boxes[:, 2:] - boxes[:, :2] >= THINNEST).all(1)
+
+
 def augmentation(config: AugmentConfig) -> A.Compose:
     """What may happen to a training page, in the order in which paper, camera and file format would do it."""
     limit = config.brightness_contrast_limit
@@ -188,5 +220,5 @@ def augment(
     page = result["image"]
     points = np.asarray(result["keypoints"], dtype=np.float64).reshape(points.shape) + 0.5
     boxes = np.concatenate([points.min(1), points.max(1)], axis=-1).clip(0, np.tile(page.shape[1::-1], 2))
-    kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    kept = have_an_area(boxes)
     return page, labels[kept], boxes[kept]

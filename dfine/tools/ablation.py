@@ -5,7 +5,6 @@ other, and prints the table. Started again, it skips what is finished and goes o
 """
 
 import argparse
-import dataclasses
 import json
 import signal
 import subprocess
@@ -18,7 +17,7 @@ import yaml
 
 from dfine import config as configs
 from dfine.checkpoints import ours
-from dfine.config import Config, ConfigError, DistillConfig
+from dfine.config import Config, ConfigError
 
 ALONE, CLASS_BOX, FULL = "student alone", "class + box", "class + box + GO-LSD"
 WITHOUT = {  # the terms each row does without
@@ -53,7 +52,7 @@ def plan(config: Config, out: Path, seeds: int) -> list[Trial]:
         run_dir = out / f"{row.replace(' + ', '_').replace(' ', '_').lower()}_seed{seed}"
         own = configs.override(config, [f"run_dir={run_dir}", f"train.seed={seed}"])
         if row == ALONE:
-            own = dataclasses.replace(own, distill=DistillConfig())
+            own = configs.override(own, ["distill={}"])
         else:
             own = configs.override(own, [f"distill.{term}.weight=0" for term in WITHOUT[row]])
         trials.append(Trial(row, seed, own))
@@ -96,9 +95,9 @@ def complete(trial: Trial) -> float:
 
 def teacher(config: Config, out: Path) -> float:
     """The teacher's AP in points on the students' pages."""
-    file = out / "teacher" / "metrics.json"
+    file = out / "teacher" / f"{Path(config.distill.teacher).stem}.metrics.json"
     if not file.exists():
-        val = [f"data.val.{key}={value}" for key, value in dataclasses.asdict(config.data.val).items()]
+        val = [f"data.val.{key}={value}" for key, value in dict(config.data.val).items()]
         execute("evaluate.py", "--checkpoint", config.distill.teacher, f"run_dir={file.parent}", *val)
     return 100 * json.loads(file.read_text())["AP"]
 

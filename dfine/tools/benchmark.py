@@ -280,6 +280,10 @@ def main() -> None:
     settings = configs.load(arguments.config) if arguments.config else Config()
     base = [] if arguments.config else ["model.backbone.name=convnext_tiny"]
     settings = configs.override(settings, [*base, *arguments.overrides])
+    teacher = settings.distill.teacher
+    if teacher and not Path(teacher).exists():  # the students' configs name one that has to be trained first
+        print(f"distill.teacher: no {teacher}, so distillation is not measured", file=sys.stderr)
+        settings = configs.override(settings, ["distill.teacher="])
     if settings.train.threads:
         torch.set_num_threads(settings.train.threads)
     if arguments.peer:

@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -187,7 +186,7 @@ def test_a_config_that_would_compute_something_else_with_the_weights_is_refused(
 ):
     config = original.model_config({"model": nano})
     for part, values in change.items():
-        config = replace(config, **{part: replace(getattr(config, part), **values)})
+        config = config.model_copy(update={part: getattr(config, part).model_copy(update=values)})
     with pytest.raises(ValueError, match=re.escape(message)):
         original.convert({"model": nano}, DFine(config, classes=80))
 

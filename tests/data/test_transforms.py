@@ -1,17 +1,19 @@
 """From a file to pixels: pages look as on white paper, and boxes stay on what they enclose."""
 
-import dataclasses
+import struct
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, PngImagePlugin, features
 
+from dfine.boxes import cxcywh_to_xyxy
 from dfine.config import AugmentConfig
-from dfine.data.transforms import PageError, augment, augmentation, canvas_of, fit, pad, read_page, resize
+from dfine.data.transforms import THINNEST, PageError, augment, augmentation, canvas_of, fit, pad, read_page, resize
 
-NONE = {field.name: 0.0 for field in dataclasses.fields(AugmentConfig) if field.name.endswith("_p")}
+NONE = {name: 0.0 for name in AugmentConfig.model_fields if name.endswith("_p")}
 ALL = dict.fromkeys(NONE, 1.0)
 
 
@@ -53,6 +55,14 @@ def test_thin_strokes_do_not_vanish_when_a_page_shrinks() -> None:
     page[::8] = 0
     assert (resize(page, (100, 100))[:, :, 0].reshape(-1, 2, 100).mean(1) < 230).all()
     assert resize(page, (400, 400)) is page
+
+
+@pytest.mark.parametrize("upright", [True, False])
+def test_strokes_across_a_strip_that_keeps_its_short_side_do_not_vanish(upright: bool) -> None:
+    strip = np.full((1, 400, 3), 255, np.uint8)
+    strip[:, ::8] = 0
+    small = resize(strip.transpose(1, 0, 2), (100, 1)) if upright else resize(strip, (1, 100))
+    assert (small.reshape(-1, 2, 3).mean(1) < 230).all()
 
 
 # Reading
@@ -98,6 +108,7 @@ INK_ON_WHITE = np.where(striped() > 0, 255, 0)
         (Image.fromarray(striped().astype(np.uint16) * 257), "png", THREE_GREYS),
         (Image.fromarray(striped().astype(np.uint16) * 257), "tif", THREE_GREYS),
         (Image.fromarray(striped().astype(np.int32) * 257), "tif", THREE_GREYS),
+        *((Image.fromarray(np.float32(striped() / 255 * white)), "tif", THREE_GREYS) for white in (1, 255, 65535)),
         (cmyk(), "jpg", THREE_GREYS),
         (cmyk(), "tif", THREE_GREYS),
         (Image.fromarray(striped() > 0), "png", INK_ON_WHITE),
@@ -134,6 +145,42 @@ def test_the_exif_rotation_is_applied(tmp_path: Path, orientation: int) -> None:
     exif[0x0112] = orientation
     (upright if how is None else upright.transpose(how)).save(tmp_path / "page.png", exif=exif)
     assert (read_page(tmp_path / "page.png")[..., 0] == np.asarray(upright)).all()
+
+
+def exif_block(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF of one directory; an entry is tag, type, count and four bytes of value."""
+    directory = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + directory + bytes(4)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_a_page_turns_whatever_else_its_exif_says(tmp_path: Path, suffix: str) -> None:
+    resolution_as_text = (0x011A, 2, 3, b"72\0\0")
+    exif = exif_block((0x0112, 3, 1, bytes([6, 0, 0, 0])), resolution_as_text)
+    Image.fromarray(striped()).convert("RGB").save(tmp_path / f"page.{suffix}", exif=exif)
+    page = read_page(tmp_path / f"page.{suffix}")
+    assert page.shape == (8, 6, 3)
+    assert page[:, -1].max() < 20  # black was above and is on the right
+
+
+def test_a_page_whose_exif_cannot_be_read_stays_as_it_lies(tmp_path: Path) -> None:
+    broken = PngImagePlugin.PngInfo()
+    broken.add_text("Raw profile type exif", "\nexif\n  4\nzz")
+    Image.fromarray(striped()).save(tmp_path / "page.png", pnginfo=broken)
+    assert (read_page(tmp_path / "page.png") == striped()[..., None]).all()
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_an_error_that_is_not_pillows_own_names_the_file_too(tmp_path: Path) -> None:
+    path = tmp_path / "page.avif"
+    Image.fromarray(striped()).convert("RGB").save(path)
+    main_item = b"pitm" + bytes(5)  # and then its number, which is 1
+    assert main_item in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(main_item + b"\1", main_item + b"\7"))
+    with pytest.raises(RuntimeError), Image.open(path):
+        pass
+    with pytest.raises(PageError, match=r"page\.avif: cannot read the image: .*item"):
+        read_page(path)
 
 
 def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
@@ -212,6 +259,22 @@ def test_the_seed_decides_everything() -> None:
     assert (first[0] == same[0]).all()
     assert (first[2] == same[2]).all()
     assert (first[2] != other[2]).any()
+
+
+def test_slivers_that_augmentation_leaves_at_the_border_are_dropped() -> None:
+    page = np.full((64, 48, 3), 255, np.uint8)
+    boxes = np.array([[48 - 1e-4, 5, 60, 20], [5, 64 - 1e-4, 20, 70], [40, 5, 60, 20]])
+    _, labels, kept = augment(augmentation(AugmentConfig(**NONE)), page, np.arange(3), boxes, 0)
+    assert labels.tolist() == [2]
+    np.testing.assert_allclose(kept, [[40, 5, 48, 20]], atol=1e-4)
+
+
+def test_float32_tells_the_edges_of_the_thinnest_box_apart_on_the_largest_page() -> None:
+    low = np.linspace(0, 65535 - THINNEST, 1001) / 65535
+    size = torch.full((1001,), THINNEST / 65535)
+    centre = torch.from_numpy(low + THINNEST / 65535 / 2).float()
+    corners = cxcywh_to_xyxy(torch.stack([centre, centre, size, size], dim=-1))
+    assert (corners[:, 2:] > corners[:, :2]).all()
 
 
 def test_a_blank_page_stays_a_page_without_boxes() -> None:

@@ -4,7 +4,6 @@ In a file `in.*` are inputs, `cfg.*` settings, `sd.*` the original's weights und
 expected results. Files in tests/golden/ are those of the original's recording, some with fewer cases.
 """
 
-import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -153,10 +152,11 @@ class Given(nn.Module):
 def transformer(state: dict[str, Tensor], queries: int, maps: list[Tensor]) -> DFine:
     """A model with the original's weights behind the encoder, and the encoder's maps given."""
     whole = {f"decoder.{name}": tensor for name, tensor in state.items()}
-    decoder = dataclasses.replace(original.decoder_config(whole), queries=queries)
+    decoder = original.decoder_config(whole).model_copy(update={"queries": queries})
     classes, dim = state["enc_score_head.weight"].shape
-    backbone = BackboneConfig("test_convnext", pretrained=False)
-    model = DFine(ModelConfig(backbone, (8, 16, 32)[-len(maps) :], hidden_dim=dim, decoder=decoder), classes)
+    backbone = BackboneConfig(name="test_convnext", pretrained=False)
+    strides = (8, 16, 32)[-len(maps) :]
+    model = DFine(ModelConfig(backbone=backbone, strides=strides, hidden_dim=dim, decoder=decoder), classes)
     model.backbone = model.encoder = Given(maps)
     widths = [x.shape[1] for x in maps]  # the original projects only those maps that need it
     model.projections = nn.ModuleList(ConvNorm(w, dim, 1) if w != dim else nn.Identity() for w in widths)

@@ -1,7 +1,5 @@
 """Small things to test with: truth from plain numbers, a model that fits in a pocket, pages with two rectangles."""
 
-import dataclasses
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -35,8 +33,8 @@ def tiny_config(
         strides=strides,
         hidden_dim=32,
         encoder=EncoderConfig(hidden_dim=encoder_dim, heads=4, feedforward_dim=32, depth_mult=0.34, expansion=0.5),
-        decoder=dataclasses.replace(
-            DecoderConfig(heads=4, feedforward_dim=32, layers=3, points=(1, 2, 1), queries=8, bins=8), **decoder
+        decoder=DecoderConfig(
+            **dict(heads=4, feedforward_dim=32, layers=3, points=(1, 2, 1), queries=8, bins=8) | decoder
         ),
     )
 

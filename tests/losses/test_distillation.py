@@ -1,6 +1,5 @@
 """Distillation: the teacher's distributions in the student's frame, three losses on shared queries, and who learns."""
 
-import dataclasses
 from math import log, sqrt
 
 import pytest
@@ -17,6 +16,7 @@ from dfine.config import (
     GoLsdConfig,
     LossConfig,
     MatcherConfig,
+    ModelConfig,
 )
 from dfine.losses.criterion import criterion
 from dfine.losses.distillation import active, box_distance, class_kl, class_mse, distillation, go_lsd, project
@@ -52,7 +52,7 @@ def answers(seed: int = 0) -> tuple[Refinement, Refinement]:
 
 
 def losses(student: Refinement, teacher: Refinement, targets: list[Target] = PAGES, **terms: object) -> dict:
-    config = dataclasses.replace(CONFIG, **terms)
+    config = DistillConfig(**dict(CONFIG) | terms)
     return distillation(student, teacher, W, W, targets, EVERY, config, MATCHER)
 
 
@@ -243,7 +243,12 @@ def test_why_the_temperature_is_1():
 
 
 def test_every_term_has_its_weight_times_alpha():
-    config = DistillConfig("", 0.5, 1.0, ClassDistillConfig(2), BoxDistillConfig(3), GoLsdConfig(4))
+    config = DistillConfig(
+        alpha=0.5,
+        classes=ClassDistillConfig(weight=2),
+        boxes=BoxDistillConfig(weight=3),
+        go_lsd=GoLsdConfig(weight=4),
+    )
     assert active(config, epoch=0) == {"class": 1, "box": 1.5, "go_lsd": 2}
 
 
@@ -363,8 +368,8 @@ def test_the_ordinary_losses_do_not_notice_the_shared_queries():
 
 def test_any_widths_layers_queries_and_bins_go_together():
     torch.manual_seed(0)
-    small = dataclasses.replace(tiny_config(layers=2, queries=5, bins=6, a=0.6, heads=2), hidden_dim=16)
-    small = dataclasses.replace(small, encoder=dataclasses.replace(small.encoder, heads=2))
+    small = tiny_config(layers=2, queries=5, bins=6, a=0.6, heads=2)
+    small = ModelConfig(**dict(small) | {"hidden_dim": 16, "encoder": small.encoder.model_copy(update={"heads": 2})})
     terms = distilled(shaken(DFine(small, 3)), shaken(tiny_model()).eval())
     assert all(loss.shape == (2,) and loss.isfinite().all() for loss in terms.values())
 

@@ -59,7 +59,9 @@ def test_checkpointing_trades_time_for_memory_and_changes_no_gradient():
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        backbone = Backbone(BackboneConfig("test_convnext", pretrained=False, checkpointing=checkpointing), (8, 16, 32))
+        backbone = Backbone(
+            BackboneConfig(name="test_convnext", pretrained=False, checkpointing=checkpointing), (8, 16, 32)
+        )
         sum(x.square().sum() for x in backbone(torch.linspace(0, 1, 3 * 64 * 64).view(1, 3, 64, 64))).backward()
         gradients.append([parameter.grad for parameter in backbone.parameters()])
     for plain, checkpointed in zip(*gradients, strict=True):
@@ -70,7 +72,7 @@ def test_weights_can_come_from_a_local_file(tmp_path: Path):
     torch.manual_seed(1)
     model = timm.create_model("test_convnext", pretrained=False)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
-    backbone = Backbone(BackboneConfig("test_convnext", weights=str(tmp_path / "weights.pth")), (8, 16, 32))
+    backbone = Backbone(BackboneConfig(name="test_convnext", weights=str(tmp_path / "weights.pth")), (8, 16, 32))
     assert torch.equal(backbone.body.stem_0.weight, model.stem[0].weight)
 
 
@@ -91,7 +93,7 @@ def test_an_unknown_name_is_answered_with_similar_ones(name: str, proposed: str)
 @pytest.mark.parametrize("pretrained", [False, True])
 def test_an_unknown_tag_is_answered_with_the_known_ones(pretrained: bool):
     with pytest.raises(ConfigError, match=r"no 'convnext_atto\.in99k'; known: convnext_atto\.d2_in1k"):
-        Backbone(BackboneConfig("convnext_atto.in99k", pretrained=pretrained), (8, 16, 32))
+        Backbone(BackboneConfig(name="convnext_atto.in99k", pretrained=pretrained), (8, 16, 32))
 
 
 def test_weights_that_cannot_be_fetched_are_named_with_the_file_to_fetch_and_the_key(
@@ -100,7 +102,7 @@ def test_weights_that_cannot_be_fetched_are_named_with_the_file_to_fetch_and_the
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ConfigError) as caught:
-        Backbone(BackboneConfig("test_convnext.r160_in1k"), (8, 16, 32))
+        Backbone(BackboneConfig(name="test_convnext.r160_in1k"), (8, 16, 32))
     assert "model.safetensors of timm/test_convnext.r160_in1k" in str(caught.value)
     assert "model.backbone.weights=PATH" in str(caught.value)
     assert "model.backbone.pretrained=false" in str(caught.value)
@@ -108,27 +110,68 @@ def test_weights_that_cannot_be_fetched_are_named_with_the_file_to_fetch_and_the
 
 def test_a_weights_file_that_is_not_there_is_named():
     with pytest.raises(ConfigError, match=r"model.backbone.weights: cannot load nowhere.safetensors"):
-        Backbone(BackboneConfig("test_convnext", weights="nowhere.safetensors"), (8, 16, 32))
+        Backbone(BackboneConfig(name="test_convnext", weights="nowhere.safetensors"), (8, 16, 32))
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path):
     other = timm.create_model("test_convnext2", pretrained=False)
     torch.save(other.state_dict(), tmp_path / "other.pth")
     with pytest.raises(ConfigError, match=r"model.backbone.weights: cannot load .*other.pth into test_convnext"):
-        Backbone(BackboneConfig("test_convnext", weights=str(tmp_path / "other.pth")), (8, 16, 32))
+        Backbone(BackboneConfig(name="test_convnext", weights=str(tmp_path / "other.pth")), (8, 16, 32))
 
 
 def test_a_model_without_published_weights_says_so():
     with pytest.raises(ConfigError, match=r"model.backbone.pretrained: timm has no weights for resnet50t"):
-        Backbone(BackboneConfig("resnet50t"), (8, 16, 32))
+        Backbone(BackboneConfig(name="resnet50t"), (8, 16, 32))
 
 
 def test_checkpointing_is_refused_where_timm_has_none():
     with pytest.raises(ConfigError, match=r"model\.backbone\.checkpointing: timm offers none .* test_vit"):
-        Backbone(BackboneConfig("test_vit", pretrained=False, checkpointing=True), (16,))
+        Backbone(BackboneConfig(name="test_vit", pretrained=False, checkpointing=True), (16,))
 
 
 def test_maps_with_channels_behind_come_out_with_channels_first():
     backbone = untrained("mambaout_femto")
     shapes = [x.shape for x in backbone(torch.rand(1, 3, 64, 96))]
     assert shapes == [(1, c, 64 // s, 96 // s) for c, s in zip(backbone.channels, (8, 16, 32), strict=True)]
+
+
+# Weights
+
+
+def odd_statistics(backbone: Backbone) -> Backbone:
+    """In evaluation mode, with batch norms that change what they get."""
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.running_mean)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+    return backbone.eval()
+
+
+@pytest.mark.parametrize(("name", "merged"), [("xception41p", False), ("resnet10t", True)])
+def test_merging_batch_norms_changes_no_map_also_where_timm_reads_maps_by_hooks(name: str, merged: bool):
+    backbone, page = odd_statistics(untrained(name)), torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        before = backbone(page)
+        backbone.merge()
+        for one, other in zip(before, backbone(page), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in backbone.modules()) != merged
+
+
+def test_weights_that_no_map_depends_on_are_frozen_and_all_others_have_a_gradient():
+    backbone = untrained("hrnet_w18_small")
+    statistics = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
+    backbone.freeze_unused()
+    assert backbone.training
+    assert all(torch.equal(buffer, statistics[name]) for name, buffer in backbone.named_buffers())
+    sum(x.sum() for x in backbone(torch.rand(2, 3, 64, 64))).backward()
+    frozen = {name for name, parameter in backbone.named_parameters() if not parameter.requires_grad}
+    assert "body.stage4.0.fuse_layers.0.1.0.weight" in frozen
+    assert frozen == {name for name, parameter in backbone.named_parameters() if parameter.grad is None}
+
+
+def test_where_all_weights_are_used_none_is_frozen():
+    backbone = untrained("test_convnext")
+    backbone.freeze_unused()
+    assert all(parameter.requires_grad for parameter in backbone.parameters())

@@ -1,6 +1,5 @@
 """The decoder refines the edge distributions of a box layer by layer; nothing moves before it is trained."""
 
-import dataclasses
 from math import log, sqrt
 
 import pytest
@@ -19,7 +18,7 @@ CONFIG = DecoderConfig(heads=4, feedforward_dim=64, layers=3, points=(1, 2), bin
 def untrained(**config: object) -> Decoder:
     """Of width 32 for 3 classes, in float64."""
     torch.manual_seed(0)
-    return Decoder(dataclasses.replace(CONFIG, **config), 32, 3).double()
+    return Decoder(DecoderConfig(**dict(CONFIG) | config), 32, 3).double()
 
 
 def trained(**config: object) -> Decoder:

@@ -7,6 +7,7 @@ import pytest
 from coco_folder import annotation, image, write
 from PIL import Image
 
+from dfine.inference.pictures import colour
 from dfine.tools import contact_sheet
 
 
@@ -22,4 +23,4 @@ def test_the_contact_sheet_shows_the_first_training_pages(tmp_path: Path, monkey
     contact_sheet.main()
     drawn = np.asarray(Image.open(sheet))
     assert drawn.shape[1] > 4 * 64
-    assert (drawn == (168, 0, 0)).all(-1).any()  # the box of class 0
+    assert (drawn == colour(0)).all(-1).any()
