@@ -10,6 +10,7 @@ On a GPU a step runs. Elsewhere nothing is computed: tensors have types and shap
 
 import contextlib
 import weakref
+from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -22,15 +23,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from dfine.config import Config
 from dfine.losses import criterion
 from dfine.model import decoder, deformable_attention
+from dfine.model.denoising import freshly_noised
 from dfine.model.depthwise import DepthwiseConv2d
 from dfine.model.detector import DFine
 from dfine.structures import Batch, Matches
-from dfine.tools.workload import Case, built, made_up, step
+from dfine.tools.workload import CLASSES, Case, built, made_up, step
 from dfine.training import optim
 
 aten = torch.ops.aten
@@ -51,6 +53,19 @@ CARDS = {
     "l4": Card(121, 30.3, 300),
     "rtx4090": Card(165, 82.6, 1008),
 }
+
+
+def card(text: str) -> Card:
+    """`h100`, or the rates of another card: `989,67,3350`."""
+    if text in CARDS:
+        return CARDS[text]
+    try:
+        half, single, bandwidth = map(float, text.split(","))
+    except ValueError:
+        known = ", ".join(CARDS)
+        message = f"{text!r} is none of {known}, nor TFLOP/s in bf16, TFLOP/s in fp32 and GB/s, such as 989,67,3350"
+        raise ArgumentTypeError(message) from None
+    return Card(half, single, bandwidth)
 
 
 @dataclass
@@ -147,7 +162,7 @@ def imagined(model: DFine, batch: Batch, settings: Config) -> Iterator[Batch]:
     mode = weightless(model)
     for module in model.modules():
         if isinstance(module, DepthwiseConv2d):
-            module.__class__ = nn.Conv2d
+            module.__class__ = nn.Conv2d  # type: ignore[assignment]
     precision = torch.autocast("cpu", torch.bfloat16, enabled=settings.train.bf16)
     model.forward = precision(model.forward)  # type: ignore[method-assign]
     boxes = sum(len(target.labels) for target in batch.targets)
@@ -173,12 +188,32 @@ def weightless(model: nn.Module) -> FakeTensorMode:
     """Takes the numbers out of a model: under the mode returned it computes types and shapes, whatever their size."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        own: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in own:
             tensors |= {name: mode.from_tensor(x) for name, x in tensors.items() if x is not None}
     return mode
 
 
-def table(phases: dict[str, Phase], times: dict[str, float]) -> str:
+def step_flops(settings: Config, case: Case) -> int:
+    """FLOPs of a training step: three times those of the forward pass, as is usual; counted, not run."""
+    model = built(settings, case.queries, torch.device("cpu")).train()
+    batch = made_up(case, torch.device("cpu"))
+    noised = freshly_noised(batch.targets, CLASSES, settings.model.denoising)
+    with torch.no_grad(), weightless(model), FlopCounterMode(display=False) as counter:
+        model(batch.images, None, noised)
+    return 3 * counter.get_total_flops()
+
+
+def size_of_model(settings: Config, height: int, width: int) -> dict[str, float]:
+    """Parameters in millions, and GFLOPs of inference on one page (a product and its sum are 2); counted, not run."""
+    model = built(settings, settings.model.decoder.queries, torch.device("cpu")).eval()
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    with torch.no_grad(), weightless(model), FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, height, width))
+    return {"parameters_M": millions, "gflops": counter.get_total_flops() / 1e9}
+
+
+def account_of(phases: dict[str, Phase], times: dict[str, float]) -> str:
     """The account as Markdown.
 
     Args:
@@ -186,9 +221,11 @@ def table(phases: dict[str, Phase], times: dict[str, float]) -> str:
     """
     lines = ["| phase | TFLOP | GB | launches | peak, GiB | floor, ms | reached |", "|---|---|---|---|---|---|---|"]
     total = Phase(
-        *(sum(getattr(phase, name) for phase in phases.values()) for name in ("flops", "bytes", "launches")),
-        max(phase.peak for phase in phases.values()),
-        sum(phase.floor for phase in phases.values()),
+        flops=sum(phase.flops for phase in phases.values()),
+        bytes=sum(phase.bytes for phase in phases.values()),
+        launches=sum(phase.launches for phase in phases.values()),
+        peak=max(phase.peak for phase in phases.values()),
+        floor=sum(phase.floor for phase in phases.values()),
     )
     for name, phase in (phases | {"training step": total}).items():
         reached = f"{phase.floor / times[name]:.0%}" if name in times else "-"
