@@ -112,9 +112,8 @@ class ConvNormTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # timm's layer norms ask for autocast, which depends on the device of what they are fed.
-        return isinstance(m, (nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm)) or super().is_leaf_module(
-            m, module_qualified_name
-        )
+        whole = isinstance(m, nn.Conv2d | nn.BatchNorm2d | nn.LayerNorm)
+        return whole or super().is_leaf_module(m, module_qualified_name)
 
 
 def _create(config: BackboneConfig, **kwargs: Any) -> Any:
