@@ -1,6 +1,6 @@
 """Trains a student with a frozen teacher: `torchrun distill.py --config configs/student_tiny.yaml [key=value ...]`.
 
-The teacher is a checkpoint, `distill.teacher=PATH`; what is saved is a plain detector.
+The teacher is a checkpoint, `distill.teacher=PATH`, which a resumed run needs too; what is saved is a plain detector.
 """
 
 import argparse
@@ -56,9 +56,8 @@ def main() -> None:
         losses = {name: settings.distill.beta * loss for name, loss in losses.items()}
         if taught:
             w = (model.decoder.w, teacher.decoder.w)
-            losses |= distillation(
-                output.shared, taught.refined, *w, batch.targets, weights, settings.distill, settings.loss.matcher
-            )
+            answers, real = (output.shared, taught.refined, *w), taught.queries.real
+            losses |= distillation(*answers, batch.targets, weights, settings.distill, settings.loss.matcher, real)
         return losses
 
     while not run.done:

@@ -1,12 +1,15 @@
 """COCO metrics of a checkpoint on `data.val`: `python evaluate.py --checkpoint runs/NAME/best.pt [key=value ...]`.
 
-Writes metrics.json and detections.json (COCO results) beside the checkpoint, or into `run_dir` where that is given.
+For best.pt it writes best.metrics.json and best.detections.json (COCO results), beside the checkpoint or into `run_dir`
+where that is given. The metrics are those that the run itself wrote down.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+
+import torch
 
 from dfine import config, distributed
 from dfine.checkpoints.ours import load_model
@@ -36,14 +39,15 @@ def main() -> None:
         raise ConfigError(f"data.val: has the categories {pages.categories}, {arguments.checkpoint} knows {categories}")
     say(pages.summary())
 
-    detections = find(model.to(device), evaluation_loader(pages, settings), pages, settings.train.bf16)
+    model.to(device).to(memory_format=torch.channels_last)  # as in training: the same numbers to the last digit
+    detections = find(model, evaluation_loader(pages, settings), pages, settings.train.bf16)
     if distributed.is_main():
         metrics = coco_metrics(pages.ground_truth(), detections)
         print(table(metrics))
         folder = Path(settings.run_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
-        (folder / "detections.json").write_text(json.dumps(detections))
+        (folder / f"{arguments.checkpoint.stem}.metrics.json").write_text(json.dumps(metrics, indent=2))
+        (folder / f"{arguments.checkpoint.stem}.detections.json").write_text(json.dumps(detections))
     distributed.finish()
 
 
