@@ -36,6 +36,9 @@ class Backbone(nn.Module):
             if not hasattr(body, "set_grad_checkpointing"):
                 raise ConfigError(f"model.backbone.checkpointing: timm offers none for the maps of {config.name}")
             body.set_grad_checkpointing()
+            for part in body.children():  # timm <= 1.0.30 would recompute from overwritten activations
+                if hasattr(part, "inplace"):
+                    part.inplace = False
         faster_depthwise(body)
         self.body = body
         self.channels_behind = getattr(body, "output_fmt", Format.NCHW) == Format.NHWC
