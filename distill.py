@@ -1,6 +1,6 @@
 """Trains a student with a frozen teacher: `torchrun distill.py --config configs/student_tiny.yaml [key=value ...]`.
 
-The teacher is a checkpoint, `distill.teacher=PATH`; what is saved is a plain detector.
+The teacher is a checkpoint, `distill.teacher=PATH`, which a resumed run needs too; what is saved is a plain detector.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import sys
 import torch
 
 from dfine import config, distributed
-from dfine.checkpoints.ours import load_teacher
+from dfine.checkpoints.loading import load_teacher
 from dfine.data.batches import evaluation_loader, train_loader
 from dfine.data.sources import open_source
 from dfine.distributed import say

@@ -1,21 +1,34 @@
 """Pages in, JSON and pictures out."""
 
 import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from pdf import RED, write_pdf
 from PIL import Image
+from pycocotools.coco import COCO
+from scripts import ROOT
 from tiny import drawn_page, shaken, tiny_config, tiny_model
 
 from dfine import predict
 from dfine.checkpoints import ours
 from dfine.config import Config, DataConfig
 from dfine.data.transforms import PageError
+from dfine.inference.pages import DEDUPE
+from dfine.inference.results import JsonList
 from dfine.model.detector import DFine
 
 CATEGORIES = [{"id": 1, "name": "text"}, {"id": 3, "name": "table"}, {"id": 7, "name": "figure"}]
+needs_pdfium = pytest.mark.skipif(find_spec("pypdfium2") is None, reason="needs the extra `documents`")
 SMALL = DataConfig(short_edges=(64,), eval_short_edge=64, max_long_edge=96)
 
 
@@ -35,10 +48,11 @@ def script(best: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs the script; returns what main returned and predictions.json."""
 
     def run(*arguments: object) -> tuple[int, list[dict[str, Any]]]:
-        line = ["predict", "--checkpoint", best, "--out", tmp_path / "out", "--threshold", "0", *arguments]
+        line = ["predict", "--checkpoint", best, "--out", tmp_path / "out", "--threshold", "0", "--dedupe", "1"]
+        line += ["--workers", "0", *arguments]
         monkeypatch.setattr("sys.argv", list(map(str, line)))
         status = predict.main()
-        return status, json.loads((tmp_path / "out" / "predictions.json").read_text())
+        return status, json.loads((predict.arguments().out / "predictions.json").read_text())
 
     return run
 
@@ -48,9 +62,11 @@ def test_the_json_says_what_is_where_in_pixels_of_the_image(script: Any, tmp_pat
     status, pages = script(tmp_path / "page.png")
     assert status == 0
     (page,) = pages
-    assert (page["file"], page["width"], page["height"]) == (str(tmp_path / "page.png"), 90, 120)
+    assert (page["file"], page["page"]) == (str(tmp_path / "page.png"), 1)
+    assert (page["width"], page["height"]) == (90, 120)
     assert len(page["detections"]) == 24
     for detection in page["detections"]:
+        assert detection.keys() == {"label", "category_id", "score", "box"}
         assert {"id": detection["category_id"], "name": detection["label"]} in CATEGORIES
         assert 0 <= detection["score"] <= 1
         x1, y1, x2, y2 = detection["box"]
@@ -135,10 +151,14 @@ def test_an_unreadable_page_is_named_and_the_others_go_on(
     assert f"error: {tmp_path / 'missing.png'}: cannot read" in errors
 
 
-def test_a_folder_without_images_is_a_mistake(script: Any, tmp_path: Path) -> None:
+def test_without_any_page_what_was_found_before_stays(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(PageError, match=r"no images in .*empty"):
-        script(tmp_path / "empty")
+    Image.fromarray(drawn_page()).save(tmp_path / "page.png")
+    _, before = script(tmp_path / "page.png")
+    assert script(tmp_path / "empty") == (1, before)
+    assert f"error: no images or PDFs in {tmp_path / 'empty'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["1.5", "-0.1", "much"])
@@ -149,6 +169,243 @@ def test_a_share_outside_0_to_1_is_a_mistake(
     with pytest.raises(SystemExit):
         script(tmp_path, f"{option}={value}")
     assert f"argument {option}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--pages=0", "--pages=a", "--dpi=0", "--dpi=inf", "--pictures=gif"])
+def test_an_option_that_means_nothing_is_named(
+    script: Any, tmp_path: Path, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        script(tmp_path, option)
+    assert f"argument {option.partition('=')[0]}" in capsys.readouterr().err
+
+
+def test_doubled_boxes_are_dropped_unless_told_otherwise(script: Any, tmp_path: Path) -> None:
+    Image.fromarray(drawn_page()).save(tmp_path / "page.png")
+    assert len(script(tmp_path / "page.png", "--dedupe", DEDUPE)[1][0]["detections"]) <= 8 < 24
+    assert predict.arguments(["--checkpoint", "a", "--out", "b", "c"]).dedupe == DEDUPE
+
+
+# Documents
+
+
+@needs_pdfium
+def test_pdfs_give_boxes_in_pixels_and_in_points(script: Any, tmp_path: Path) -> None:
+    write_pdf(tmp_path / "a.pdf", [("/MediaBox [0 0 90 120]", RED)] * 3)
+    status, pages = script(tmp_path / "a.pdf", "--pages", "2-", "--dpi", "36")
+    assert status == 0
+    assert [page["page"] for page in pages] == [2, 3]
+    for page in pages:
+        assert (page["width"], page["height"]) == (45, 60)
+        assert Image.open(tmp_path / "out" / page["picture"]).size == (45, 60)
+        for detection in page["detections"]:
+            x1, y1, x2, y2 = detection["box"]
+            np.testing.assert_allclose(detection["points"], [2 * x1, 120 - 2 * y2, 2 * x2, 120 - 2 * y1], atol=2e-3)
+
+
+@needs_pdfium
+def test_a_broken_page_is_named_and_the_pages_around_it_are_there(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_pdf(tmp_path / "a.pdf", [("/MediaBox [0 0 90 120]", RED)] * 3, broken=1)
+    status, pages = script(tmp_path / "a.pdf")
+    assert status == 1
+    assert [page["page"] for page in pages] == [1, 3]
+    assert f"error: {tmp_path / 'a.pdf'}, page 2: cannot read" in capsys.readouterr().err
+
+
+def test_all_pages_of_a_tiff_are_found(script: Any, tmp_path: Path) -> None:
+    pages = [Image.fromarray(drawn_page(120 + i, 90)) for i in range(3)]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    status, found = script(tmp_path / "a.tif", "--workers", "1")
+    assert status == 0
+    assert [(page["page"], page["height"]) for page in found] == [(1, 120), (2, 121), (3, 122)]
+    assert [Image.open(tmp_path / "out" / page["picture"]).height for page in found] == [120, 121, 122]
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "none"])
+def test_pictures_are_what_was_asked_for_and_never_pages_of_the_next_run(
+    script: Any, tmp_path: Path, kind: str
+) -> None:
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    Image.fromarray(drawn_page()).save(pages / "00000_own.png")
+    for folder in (pages / "out", pages):
+        for _ in range(2):
+            status, found = script(pages, "--out", folder, "--pictures", kind)
+            assert status == 0
+            assert [page["file"] for page in found] == [str(pages / "00000_own.png")]
+            if kind == "none":
+                assert found[0]["picture"] is None
+            else:
+                picture = Image.open(folder / found[0]["picture"])
+                assert (picture.format, picture.size) == ({"png": "PNG", "jpg": "JPEG"}[kind], (90, 120))
+
+
+def test_a_page_with_a_long_name_has_a_picture(script: Any, tmp_path: Path) -> None:
+    page = tmp_path / f"{'é' * 125}.png"
+    Image.fromarray(drawn_page()).save(page)
+    status, (found,) = script(page)
+    assert status == 0
+    assert (tmp_path / "out" / found["picture"]).is_file()
+
+
+def test_a_picture_that_cannot_be_written_is_named_and_the_others_go_on(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "abc":
+        Image.fromarray(drawn_page()).save(tmp_path / f"{name}.png")
+    (tmp_path / "out" / "00001_b.png").mkdir(parents=True)
+    status, pages = script(*(tmp_path / f"{name}.png" for name in "abc"))
+    assert status == 1
+    assert [page["picture"] for page in pages] == ["00000_a.png", None, "00002_c.png"]
+    assert all(len(page["detections"]) == 24 for page in pages)
+    assert (
+        f"error: {tmp_path / 'b.png'}: its detections are saved, but its picture cannot be: " in capsys.readouterr().err
+    )
+
+
+# Nothing is lost
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_is_ended_leaves_its_pages_and_goes_on_with_the_others(
+    script: Any, best: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    pages = [Image.fromarray(drawn_page(120 + i % 5, 90)) for i in range(32)]
+    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
+    _, expected = script(tmp_path / "a.tif", "--pictures", "none")
+    predictions = tmp_path / "cut" / "predictions.json"
+    options = [tmp_path / "a.tif", "--out", predictions.parent, "--pictures", "none"]
+    line = ["-m", "dfine.predict", "--checkpoint", best, "--threshold", 0, "--dedupe", 1, "--workers", 1, *options]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, line)], cwd=ROOT, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    while not predictions.exists() or predictions.stat().st_size < 10:
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(number)
+    assert b"Traceback" not in process.communicate(timeout=60)[1]
+    cut = json.loads(predictions.read_text())
+    assert 1 <= len(cut) < 32
+    assert cut == expected[: len(cut)]
+    assert script(*options, "--resume") == (0, expected)
+
+
+def test_pictures_of_a_run_that_goes_on_take_no_name_twice(script: Any, tmp_path: Path) -> None:
+    for name in "acd":
+        Image.fromarray(drawn_page()).save(tmp_path / f"{name}.png")
+    _, expected = script(tmp_path)
+    (tmp_path / "out" / "predictions.json").write_text(json.dumps(expected[:2]))  # as if ended after c.png
+    Image.fromarray(drawn_page()).save(tmp_path / "b.png")
+    _, pages = script(tmp_path, "--resume")
+    assert [page["picture"] for page in pages] == ["00000_a.png", "00001_c.png", "00002_b.png", "00003_d.png"]
+    assert all((tmp_path / "out" / page["picture"]).is_file() for page in pages)
+
+
+def test_a_list_is_whole_after_each_item_and_when_the_disk_is_full(tmp_path: Path) -> None:
+    path = tmp_path / "list.json"
+    items = JsonList(path, [])
+    written: list[dict[str, Any]] = []
+    for i in range(3):
+        assert json.loads(path.read_text()) == written
+        items.append({"i": i})
+        written.append({"i": i})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, hard))
+    try:
+        with pytest.raises(OSError, match=r"No space left|File too large"):
+            items.append({"i": "x" * 50})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert json.loads(path.read_text()) == written
+    items.append({"i": 3})
+    assert json.loads(path.read_text()) == [*written, {"i": 3}]
+    assert len(path.read_text().splitlines()) == 6  # a line each
+
+
+@pytest.mark.parametrize("content", ["[", "{}", "[1]", '[{"file": "a"}]'])
+def test_only_predictions_can_be_gone_on_with(script: Any, tmp_path: Path, content: str) -> None:
+    Image.fromarray(drawn_page()).save(tmp_path / "page.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "predictions.json").write_text(content)
+    with pytest.raises(PageError, match=r"predictions.json: cannot go on with it"):
+        script(tmp_path / "page.png", "--resume")
+    assert (tmp_path / "out" / "predictions.json").read_text() == content
+
+
+# COCO results
+
+
+def write_coco(path: Path, images: list[dict[str, Any]], categories: list[dict[str, Any]] = CATEGORIES) -> Path:
+    path.write_text(json.dumps({"images": images, "categories": categories}))
+    return path
+
+
+def image(number: int, name: str, width: int = 90, height: int = 120) -> dict[str, Any]:
+    return {"id": number, "file_name": name, "width": width, "height": height}
+
+
+def test_coco_results_have_the_ids_of_the_json_and_pycocotools_takes_them(script: Any, tmp_path: Path) -> None:
+    for name in ("a/page.png", "b/page.png"):
+        (tmp_path / "pages" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(drawn_page()).save(tmp_path / "pages" / name)
+    images = [image(70, "page.png"), image(71, "b/page.png")]
+    path = write_coco(tmp_path / "coco.json", images)
+    status, pages = script(tmp_path / "pages", "--coco", path)
+    assert status == 0
+    results = json.loads((tmp_path / "out" / "detections.json").read_text())
+    truth = COCO()
+    truth.dataset = {"images": images, "categories": CATEGORIES, "annotations": []}
+    truth.createIndex()
+    loaded = truth.loadRes(str(tmp_path / "out" / "detections.json"))
+    for image_id, page in zip((70, 71), pages, strict=True):
+        own = [result for result in results if result["image_id"] == image_id]
+        assert len(loaded.getAnnIds([image_id])) == len(own) == 24
+        for result, detection in zip(own, page["detections"], strict=True):
+            assert result.keys() == {"image_id", "category_id", "bbox", "score"}
+            assert (result["category_id"], result["score"]) == (detection["category_id"], detection["score"])
+            x, y, w, h = result["bbox"]
+            np.testing.assert_allclose([x, y, x + w, y + h], detection["box"], atol=1e-9)
+
+
+def test_pages_that_the_json_does_not_have_are_named(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "abc":
+        Image.fromarray(drawn_page()).save(tmp_path / f"{name}.png")
+    path = write_coco(tmp_path / "coco.json", [image(1, "a.png", 120, 90), image(2, "c.png")])
+    status, pages = script(*(tmp_path / f"{name}.png" for name in "abc"), "--coco", path)
+    assert status == 1
+    assert len(pages) == 3
+    results = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert {result["image_id"] for result in results} == {2}
+    errors = capsys.readouterr().err
+    assert f"error: {tmp_path / 'a.png'}: has 90x120 pixels, {path} says 120x90" in errors
+    assert f"error: {tmp_path / 'b.png'}, page 1: {path} has no such image" in errors
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[", r"coco.json: not COCO"),
+        ('{"images": []}', r"coco.json: not COCO: needs the lists images and categories"),
+        ('{"images": [7], "categories": []}', r"coco.json: not COCO"),
+        ('{"images": [], "categories": [{"id": 1, "name": "text"}]}', r"coco.json: has the categories"),
+        (None, r"coco.json: cannot read the images \(No such file"),
+    ],
+)
+def test_a_json_that_cannot_give_ids_is_named_before_any_page_is_read(
+    script: Any, tmp_path: Path, content: str | None, message: str
+) -> None:
+    if content is not None:
+        (tmp_path / "coco.json").write_text(content)
+    with pytest.raises(PageError, match=message):
+        script(tmp_path / "none.png", "--coco", tmp_path / "coco.json")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("arguments", [(), ("--fast",)])

@@ -36,6 +36,9 @@ class Backbone(nn.Module):
             if not hasattr(body, "set_grad_checkpointing"):
                 raise ConfigError(f"model.backbone.checkpointing: timm offers none for the maps of {config.name}")
             body.set_grad_checkpointing()
+            for part in body.children():  # timm <= 1.0.30 would recompute from overwritten activations
+                if hasattr(part, "inplace"):
+                    part.inplace = False
         faster_depthwise(body)
         self.body = body
         self.channels_behind = getattr(body, "output_fmt", Format.NCHW) == Format.NHWC
@@ -117,8 +120,8 @@ class ConvNormTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         # timm's layer norms ask for autocast, which depends on the device of what they are fed.
-        leaves = (nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm)
-        return isinstance(m, leaves) or super().is_leaf_module(m, module_qualified_name)
+        whole = isinstance(m, nn.Conv2d | nn.BatchNorm2d | nn.LayerNorm)
+        return whole or super().is_leaf_module(m, module_qualified_name)
 
 
 def _create(config: BackboneConfig, **kwargs: Any) -> Any:

@@ -1,6 +1,5 @@
 """A training run: its state, and the folder it is written to."""
 
-import json
 import signal
 import time
 from pathlib import Path
@@ -25,7 +24,7 @@ from dfine.inference.pages import beside_truth
 from dfine.inference.pictures import grid
 from dfine.model.detector import DFine
 from dfine.structures import Batch
-from dfine.training import optim
+from dfine.training import metrics, optim
 from dfine.training.lock import lock
 
 
@@ -192,37 +191,37 @@ class Run:
         """
         distributed.broadcast_buffers(self.ema.module)  # every process has its own batch-norm statistics
         try:
-            metrics = evaluate(self.ema.module, batches, pages, self.config.train.bf16, lambda: self.signalled)
+            found = evaluate(self.ema.module, batches, pages, self.config.train.bf16, lambda: self.signalled)
         except Stopped:
             self.interrupted = True
+            say(f"told to stop; saved at step {self.step}, go on with --resume")
             return
-        distributed.on_main(lambda: self.record(metrics, pages))
-        self.evaluated, self.best = self.step, max(self.best, metrics["AP"] or 0.0)
+        distributed.on_main(lambda: self.record(found, pages))
+        self.evaluated, self.best = self.step, max(self.best, found["AP"] or 0.0)
 
-    def record(self, metrics: dict[str, Any], pages: Source) -> None:
+    def record(self, found: dict[str, Any], pages: Source) -> None:
         """Writes down an evaluation.
 
         Raises:
             ConfigError: the folder cannot be written to. CheckpointError: nor can best.pt.
         """
-        say(f"step {self.step}\n{table(metrics)}")
-        line = {"step": self.step, "epoch": self.step / self.epoch_steps, **metrics}
-        line["train"] = summary(self.since_evaluation)
+        say(f"step {self.step}\n{table(found)}")
+        line = {"step": self.step, "epoch": self.step / self.epoch_steps, **found}
+        line["train"] = metrics.summary(self.since_evaluation)
         try:
-            self.draw(metrics, self.since_evaluation, pages)
-            if (metrics["AP"] or 0.0) >= self.best:  # None: no boxes to find. With nothing to compare, the newest wins
+            self.draw(found, self.since_evaluation, pages)
+            if (found["AP"] or 0.0) >= self.best:  # None: no boxes to find. With nothing to compare, the newest wins
                 ours.save(self.folder / "best.pt", ours.weights(self.config, self.categories, self.ema.module))
-            with (self.folder / "metrics.jsonl").open("a") as file:  # the last thing: this line says that all is done
-                file.write(json.dumps(line) + "\n")
+            metrics.append(self.folder / "metrics.jsonl", line)  # the last thing: this line says that all is done
         except OSError as error:
             raise ConfigError(f"run_dir: cannot write to {self.folder} ({error.strerror})") from error
         self.since_evaluation = []
 
-    def draw(self, metrics: dict[str, Any], steps: list[dict[str, float]], pages: Source) -> None:
+    def draw(self, found: dict[str, Any], steps: list[dict[str, float]], pages: Source) -> None:
         """An evaluation for people: scalars, a histogram and a picture."""
         assert self.board is not None
-        classes = {f"val_class/{name}": numbers["AP"] for name, numbers in metrics["per_class"].items()}
-        overall = {f"val/{name}": value for name, value in metrics.items() if name != "per_class"}
+        classes = {f"val_class/{name}": numbers["AP"] for name, numbers in found["per_class"].items()}
+        overall = {f"val/{name}": value for name, value in found.items() if name != "per_class"}
         for name, value in (overall | classes).items():
             if value is not None:
                 self.board.add_scalar(name, value, self.step)
@@ -236,22 +235,8 @@ class Run:
         Image.fromarray(picture).save(self.folder / "pictures" / f"step_{self.step:07d}.png")
 
     def recall_evaluations(self) -> tuple[int, float]:
-        """The last evaluated step and the highest AP, by metrics.jsonl.
-
-        Drops its lines after the resumed step: they will be written again.
-
-        Raises:
-            ConfigError: a line is broken; names file and line.
-        """
-        path = self.folder / "metrics.jsonl"
-        if not path.exists():
-            return self.evaluated, self.best
-        whole = path.read_bytes().rpartition(b"\n")[0].splitlines()  # on a full disk a line may have been cut short
-        lines = [evaluation(text, f"{path}: line {number}") for number, text in enumerate(whole, start=1)]
-        lines = [line for line in lines if line["step"] <= self.step]
-        beside = path.with_name("metrics.jsonl.writing")
-        beside.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-        beside.replace(path)
+        """The last evaluated step and the highest AP; what came after the resumed step is forgotten."""
+        lines = metrics.recall(self.folder / "metrics.jsonl", self.step)
         if not lines:
             return self.evaluated, self.best
         if lines[-1]["step"] == self.step:
@@ -291,27 +276,3 @@ def changes(before: Any, now: Any, key: str) -> list[str]:
     if isinstance(before, dict):
         return [line for name in before for line in changes(before[name], now[name], f"{key}.{name}")]
     return [] if before == now or key.startswith(MAY_CHANGE) else [f"{key} was {before}, now {now}"]
-
-
-def evaluation(text: bytes, where: str) -> dict[str, Any]:
-    """A line of metrics.jsonl. Raises ConfigError: it is none."""
-    try:
-        line = json.loads(text)
-        if isinstance(line["step"], int) and isinstance(line["AP"], float | int | None):
-            return line
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise ConfigError(f"{where}: not an evaluation: mend or delete this line")
-
-
-def summary(steps: list[dict[str, float]]) -> dict[str, Any]:
-    """The means of all values, and how the gradient norms were spread.
-
-    A resumed run may have other loss terms: each term's mean is over the steps that had it.
-    """
-    if not steps:
-        return {}
-    counts, edges = np.histogram([step["gradient_norm"] for step in steps], bins=20)
-    names = dict.fromkeys(name for step in steps for name in step)
-    means: dict[str, Any] = {name: float(np.mean([s[name] for s in steps if name in s])) for name in names}
-    return means | {"gradient_norm_histogram": {"counts": counts.tolist(), "edges": edges.tolist()}}

@@ -174,3 +174,27 @@ def test_workers_end_with_their_process_even_in_the_middle_of_a_batch(tmp_path: 
     process.join()
     assert process.pid is not None
     assert gone(process.pid)
+
+
+def test_boxes_of_squashed_pages_lie_on_the_same_ink_and_no_page_is_padded(tmp_path: Path) -> None:
+    files = write(tmp_path, [image(1, 40, 100), image(2, 100, 40)], [annotation(i, [10, 20, 20, 10]) for i in (1, 2)])
+    for number in (1, 2):
+        page = np.full((100, 40, 3) if number == 1 else (40, 100, 3), 255, np.uint8)
+        page[20:30, 10:30] = 0
+        Image.fromarray(page).save(files[0] / f"{number}.png")
+    still = AugmentConfig(**{name: 0.0 for name in AugmentConfig.model_fields if name.endswith("_p")})
+    squash = SMALL.model_copy(
+        update={"sizing": "squash", "augment": still, "short_edges": (64,), "eval_short_edge": 64}
+    )
+    config = Config(data=squash)
+    pages = CocoPages(*files)
+    for loader in (train_loader(pages, config)[0], evaluation_loader(pages, config)):
+        (batch,) = loader
+        assert batch.images.shape == (2, 3, 64, 64)
+        assert batch.sizes.tolist() == [[64, 64]] * 2
+        for picture, target in zip(batch.images, batch.targets, strict=True):
+            rows, columns = ((picture[0] < 128).any(axis).nonzero()[:, 0] for axis in (1, 0))
+            ink = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            x, y, w, h = (64 * target.boxes[0]).tolist()
+            np.testing.assert_allclose([x - w / 2, y - h / 2, x + w / 2, y + h / 2], ink, atol=1)
+            assert target.size in ((100, 40), (40, 100))

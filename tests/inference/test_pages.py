@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pdf import RED, write_pdf
 from PIL import Image
 from tiny import drawn_page, shaken, tiny_config, tiny_model
 from torchvision.ops import box_iou
@@ -14,7 +15,8 @@ import dfine
 from dfine.checkpoints import ours
 from dfine.config import Config, DataConfig
 from dfine.data.transforms import PageError, fit, pad, resize
-from dfine.inference.pages import predict_page
+from dfine.inference.documents import list_pages
+from dfine.inference.pages import DEDUPE, Detector, Failed, Prepared, equal_canvases
 from dfine.model.detector import DFine, detect
 
 CATEGORIES = [{"id": 1, "name": "text"}, {"id": 3, "name": "table"}, {"id": 7, "name": "figure"}]
@@ -26,42 +28,44 @@ def model() -> DFine:
 
 
 def test_a_page_is_prepared_as_in_evaluation() -> None:
-    page = drawn_page()
-    found = predict_page(model(), page, SMALL, threshold=0.0)
-    images, sizes = pad([resize(page, fit((120, 90), 64, 96))], 32)
+    found = Detector(model(), SMALL, CATEGORIES)(drawn_page(), threshold=0.0, dedupe=1.0)
+    images, sizes = pad([resize(drawn_page(), fit((120, 90), 64, 96))], 32)
     with torch.no_grad():
         expected = detect(model()(images, sizes), [(120, 90)])[0]
-    for own, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(own, theirs)
+    for own, theirs in zip((found.scores, found.classes, found.boxes), expected, strict=True):
+        np.testing.assert_allclose(own, theirs.numpy(), rtol=1e-6)
 
 
 def test_only_what_reaches_the_threshold_is_given_the_best_first() -> None:
-    everything = predict_page(model(), drawn_page(), SMALL, threshold=0.0)
+    detector = Detector(model(), SMALL, CATEGORIES)
+    everything = detector(drawn_page(), threshold=0.0, dedupe=1.0)
     assert len(everything.scores) == 24  # 8 queries, 3 classes
     assert everything.scores.tolist() == sorted(everything.scores.tolist(), reverse=True)
-    threshold = float(everything.scores[9])
-    some = predict_page(model(), drawn_page(), SMALL, threshold)
-    assert torch.equal(some.scores, everything.scores[:10])
-    assert torch.equal(some.boxes, everything.boxes[:10])
+    some = detector(drawn_page(), float(everything.scores[9]), dedupe=1.0)
+    np.testing.assert_array_equal(some.scores, everything.scores[:10])
+    np.testing.assert_array_equal(some.boxes, everything.boxes[:10])
 
 
 def test_deduplication_leaves_no_two_boxes_in_one_place_whatever_their_classes() -> None:
-    everything = predict_page(model(), drawn_page(), SMALL, threshold=0.0)
-    found = predict_page(model(), drawn_page(), SMALL, threshold=0.0, dedupe=0.5)
-    assert 0 < len(found.boxes) <= 8  # each query says the same box under three names
-    assert torch.equal(found.boxes[0], everything.boxes[0])
-    assert (box_iou(found.boxes, found.boxes) - torch.eye(len(found.boxes))).max() <= 0.5
+    detector = Detector(model(), SMALL, CATEGORIES)
+    everything = detector(drawn_page(), threshold=0.0, dedupe=1.0)
+    for found, most in (
+        (detector(drawn_page(), threshold=0.0, dedupe=0.5), 0.5),
+        (detector(drawn_page(), threshold=0.0), DEDUPE),
+    ):
+        assert 0 < len(found.boxes) <= 8  # each query says the same box under three names
+        np.testing.assert_array_equal(found.boxes[0], everything.boxes[0])
+        boxes = torch.from_numpy(found.boxes)
+        assert (box_iou(boxes, boxes) - torch.eye(len(boxes))).max() <= most
 
 
-def test_a_model_that_says_nan_is_an_error() -> None:
+def test_a_model_that_says_nan_is_an_error_that_names_the_page(tmp_path: Path) -> None:
     broken = model()
     with torch.no_grad():
         broken.mean.fill_(torch.nan)
-    with pytest.raises(FloatingPointError, match="not finite"):
-        predict_page(broken, drawn_page(), SMALL)
-
-
-# The script
+    Image.fromarray(drawn_page()).save(tmp_path / "page.png")
+    with pytest.raises(FloatingPointError, match=r"page.png: a detection is not finite"):
+        Detector(broken, SMALL, CATEGORIES)(tmp_path / "page.png")
 
 
 # The public face
@@ -111,9 +115,9 @@ def test_pages_of_any_sizes_keep_their_order_and_do_not_depend_on_their_batch(be
 
 def test_threshold_and_deduplication_are_the_callers(best: Path) -> None:
     detector = dfine.load(best, "cpu")
-    everything = detector(drawn_page(), 0.0)
+    everything = detector(drawn_page(), 0.0, 1.0)
     least = float(np.median(everything.scores))
-    assert len(detector(drawn_page(), least).labels) == (everything.scores >= least).sum()
+    assert len(detector(drawn_page(), least, 1.0).labels) == (everything.scores >= least).sum()
     assert 0 < len(detector(drawn_page(), 0.0, dedupe=0.3).labels) < len(everything.labels)
 
 
@@ -140,6 +144,109 @@ def test_a_detector_knows_its_classes_and_is_deployed(best: Path) -> None:
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in detector.model.encoder.modules())
     found = detector(drawn_page(), 0.0)
     assert [CATEGORIES[place]["name"] for place in found.classes] == found.labels
+
+
+# Documents
+
+
+@pytest.fixture
+def documents(tmp_path: Path) -> Path:
+    """A folder with a PDF of two pages, a TIFF of two, an image, and a PDF whose second page of three is broken."""
+    first, second = Image.fromarray(drawn_page()), Image.fromarray(drawn_page(90, 120))
+    pytest.importorskip("pypdfium2", reason="needs the extra `documents`")
+    write_pdf(tmp_path / "a.pdf", [("/MediaBox [0 0 90 120] /Rotate 90", RED), ("/MediaBox [0 0 120 90]", RED)])
+    first.save(tmp_path / "b.tif", save_all=True, append_images=[second])
+    first.save(tmp_path / "c.png")
+    write_pdf(tmp_path / "d.pdf", [("/MediaBox [0 0 90 120]", RED)] * 3, broken=1)
+    return tmp_path
+
+
+def test_what_a_path_gives(best: Path, documents: Path) -> None:
+    detector = dfine.load(best, "cpu")
+    assert [found.page for found in detector(documents / "a.pdf")] == [1, 2]
+    assert [found.page for found in detector(documents / "b.tif")] == [1, 2]
+    assert [found.page for found in detector(str(documents / "a.pdf"), numbers="2")] == [2]
+    assert isinstance(detector(documents / "c.png"), dfine.Found)
+    Image.fromarray(drawn_page()).save(documents / "one.tif")
+    assert isinstance(detector(documents / "one.tif"), dfine.Found)
+    found = detector([documents / "c.png", drawn_page(), documents / "a.pdf"])
+    assert [(page.file and page.file.name, page.page) for page in found] == [
+        ("c.png", 1),
+        (None, 1),
+        ("a.pdf", 1),
+        ("a.pdf", 2),
+    ]
+
+
+def test_every_page_of_a_folder_is_found_and_what_cannot_be_read_is_told(best: Path, documents: Path) -> None:
+    errors: list[PageError] = []
+    found = dfine.load(best, "cpu")(documents, on_error=errors.append)
+    assert [(page.file and page.file.name, page.page) for page in found] == [
+        ("a.pdf", 1),
+        ("a.pdf", 2),
+        ("b.tif", 1),
+        ("b.tif", 2),
+        ("c.png", 1),
+        ("d.pdf", 1),
+        ("d.pdf", 3),
+    ]
+    (error,) = errors
+    assert str(error).startswith(f"{documents / 'd.pdf'}, page 2: cannot read the page")
+    with pytest.raises(PageError, match=r"d.pdf, page 2"):
+        dfine.load(best, "cpu")(documents)
+
+
+def test_pages_of_pdfs_have_pixels_and_points(best: Path, documents: Path) -> None:
+    rotated, upright = dfine.load(best, "cpu")(documents / "a.pdf", 0.0, dpi=36)
+    assert (rotated.size, upright.size) == ((45, 60), (45, 60))
+    assert rotated.points is not None
+    assert upright.points is not None
+    x1, y1, x2, y2 = upright.boxes.T
+    np.testing.assert_allclose(upright.points, 2 * np.stack([x1, 45 - y2, x2, 45 - y1], axis=1))
+    x1, y1, x2, y2 = rotated.boxes.T  # turned clockwise: what is up on paper is right, what is right is down
+    np.testing.assert_allclose(rotated.points, 2 * np.stack([y1, x1, y2, x2], axis=1))
+    assert dfine.load(best, "cpu")(documents / "c.png").points is None
+
+
+def test_worker_processes_change_nothing(best: Path, documents: Path) -> None:
+    detector = dfine.load(best, "cpu")
+    pages = list(list_pages([documents]))
+    alone = list(detector.stream(pages, 0.0, on_error=lambda _: None))
+    for own, theirs in zip(detector.stream(pages, 0.0, workers=2, on_error=lambda _: None), alone, strict=True):
+        assert (own.file, own.page, own.labels) == (theirs.file, theirs.page, theirs.labels)
+        np.testing.assert_array_equal(own.boxes, theirs.boxes)
+
+
+def test_pages_are_read_as_they_are_asked_for(best: Path) -> None:
+    taken = 0
+
+    def pages() -> Any:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield drawn_page(64, 64 + 32 * (taken % 2))
+
+    stream = dfine.load(best, "cpu").stream(pages(), batch_size=2)
+    for _ in range(20):
+        next(stream)
+    assert taken < 20 + 3 * 2
+
+
+def test_batches_are_of_equal_canvas_and_no_page_waits_long() -> None:
+    sizes = [(64, 64), *[(64, 96)] * 30, (64, 64), (60, 90), (64, 64)]
+    pages: list[Prepared | Failed] = [
+        Prepared(number, torch.zeros(*size, 3, dtype=torch.uint8), size, None, None)
+        for number, size in enumerate(sizes)
+    ]
+    pages[5] = Failed(5, PageError("page 5"))
+    batches = [[page.number for page in batch] for batch in equal_canvases(pages, batch_size=4, stride=32)]
+    assert sorted(number for batch in batches for number in batch) == list(range(len(pages)))
+    assert [5] in batches
+    for batch in batches:
+        assert len(batch) <= 4
+        assert len({(sizes[number][0] + 31) // 32 * 32 + (sizes[number][1] + 31) // 32 for number in batch}) == 1
+    latest = max(number for batch in batches[: batches.index([0])] for number in batch)
+    assert latest <= 16  # page 0 is the only one of its kind for a while
 
 
 def test_fast_means_half_precision(best: Path) -> None:

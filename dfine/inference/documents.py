@@ -1,0 +1,230 @@
+"""A document is a file with pages: PDFs and TIFFs have any number of them, every other image has one.
+
+Points are those of the PDF's own user space, in which its text and its annotations are placed. They count 1/72 inch
+(unless the page sets a UserUnit), x to the right and y upwards on the page before its rotation. The origin is where the
+media box has it, mostly the lower left corner of the sheet. Rotation and crop box change a page's pixels, but not its
+points: a box in points can be written into the file as the /Rect of an annotation.
+"""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import count, islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from dfine.data.transforms import PageError, as_page, read_page
+
+# Two pixels a point: A4 has 1190x1684 pixels. That is above the 600 to 1025 of the pages in PubLayNet and DocLayNet, so
+# that a page is shrunk to the model's short edge (640), as theirs mostly are. More dots change little but the time.
+DPI = 144.0
+MAX_PIXELS = 36_000_000  # of a rendered page, as A4 has at 600 dpi; 108 MB. A larger page is rendered with fewer dpi.
+SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pdf", ".png", ".tif", ".tiff", ".webp"}  # what is read in folders
+MARK = "with boxes drawn by dfine.predict"  # in the first bytes of its pictures, which are no pages to predict on
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the first bytes; + is BigTIFF
+
+
+class Place(NamedTuple):
+    """Where a page is."""
+
+    file: Path
+    page: int  # from 1
+
+    def __str__(self) -> str:
+        paged = self.page > 1 or self.file.suffix.lower() in (".pdf", ".tif", ".tiff")
+        return f"{self.file}, page {self.page}" if paged else str(self.file)
+
+
+class PagePixels(NamedTuple):
+    """A page as one sees it, that is after its rotation."""
+
+    pixels: np.ndarray  # (H, W, 3) uint8 RGB
+    to_points: np.ndarray | None  # (2, 3) float64: (x, y, 1) in pixels -> (x, y) in points; of PDFs alone
+
+
+def list_pages(paths: Iterable[Path], numbers: str = "") -> Iterator[Place | PageError]:
+    """The pages of files and folders in order, without reading them; what cannot be listed is an error among them.
+
+    Args:
+        paths: folders stand for all images and PDFs in them and in their sub-folders, sorted; the pictures that
+            `dfine.predict` drew are left out.
+        numbers: which pages of PDFs and TIFFs, such as "1-3,7" or "5-"; empty: all. Other images are not concerned.
+    Raises:
+        ValueError: `numbers` is something else.
+    """
+    ranges = page_ranges(numbers)
+    for path in paths:
+        if not path.is_dir():
+            yield from _pages_of(path, ranges)
+            continue
+        errors: list[OSError] = []
+        files = [
+            Path(folder, name)
+            for folder, _, names in os.walk(path, onerror=errors.append)
+            for name in names
+            if Path(name).suffix.lower() in SUFFIXES
+        ]
+        files = sorted(file for file in files if MARK.encode() not in _head(file))
+        yield from (PageError(f"{error.filename}: cannot read the folder: {error.strerror}") for error in errors)
+        if not files and not errors:
+            yield PageError(f"no images or PDFs in {path} (pictures {MARK} do not count)")
+        for file in files:
+            yield from _pages_of(file, ranges)
+
+
+def page_ranges(numbers: str) -> list[range]:
+    """ "1-3,7" -> [range(1, 4), range(7, 8)]; "5-" goes to the end.
+
+    Raises:
+        ValueError: something else.
+    """
+    ranges = []
+    for part in numbers.split(",") if numbers else []:
+        first, to, last = part.strip().partition("-")
+        if not (first.isdecimal() and (last.isdecimal() or not last)):
+            raise ValueError(f"{part!r}: write numbers of pages such as 1-3,7")
+        ranges.append(range(int(first), (int(last) if last else sys.maxsize if to else int(first)) + 1))
+        if ranges[-1].start < 1 or not ranges[-1]:
+            raise ValueError(f"{part!r}: pages count upwards from 1")
+    return ranges
+
+
+def read(file: str | Path, page: int = 1, dpi: float = DPI) -> PagePixels:
+    """Reads or renders one page of a file.
+
+    Args:
+        page: from 1. dpi: of PDFs; a page that would have more than `MAX_PIXELS` gets fewer.
+    Raises:
+        PageError: it cannot be read; names file and page.
+    """
+    place, head = Place(Path(file), page), _head(Path(file))
+    if _is_pdf(place.file, head):
+        return _render(place, dpi)
+    if head[:4] not in TIFF:
+        return PagePixels(read_page(file), None)
+    try:
+        with Image.open(file) as image:
+            next(islice(_tiff_pages(image), page - 1, None))
+            return PagePixels(as_page(image), None)
+    except Exception as error:  # what Pillow and the libraries below it raise on a broken file is no closed list
+        raise PageError(f"{place}: cannot read the page: {str(error) or type(error).__name__}") from error
+
+
+def is_one_page(path: Path) -> bool:
+    """Whether a path is an image of one page: no folder, no PDF (of however many pages), no TIFF of several."""
+    head = _head(path)
+    if path.is_dir() or _is_pdf(path, head):
+        return False
+    return head[:4] not in TIFF or len(list(_pages_of(path, []))) == 1
+
+
+def boxes_in_points(boxes: np.ndarray, to_points: np.ndarray) -> np.ndarray:
+    """(K, 4) xyxy pixels -> (K, 4) xyxy points: lower left, then upper right corner in user space."""
+    corners = boxes.reshape(-1, 2, 2) @ to_points[:, :2].T + to_points[:, 2]  # (K, 2, 2)
+    return np.concatenate([corners.min(1), corners.max(1)], axis=1)
+
+
+def _pages_of(file: Path, ranges: list[range]) -> Iterator[Place | PageError]:
+    head, broken = _head(file), None
+    if _is_pdf(file, head):
+        try:
+            with _open_pdf(file) as pdf:
+                pages = len(pdf)
+        except PageError as error:
+            yield error
+            return
+    elif head[:4] in TIFF:
+        pages = 0
+        try:
+            with Image.open(file) as image:
+                for _ in _tiff_pages(image):
+                    pages += 1
+        except Exception as error:  # as in `read`; what comes after a broken page cannot be found
+            broken = PageError(f"{Place(file, pages + 1)}: cannot read the page: {str(error) or type(error).__name__}")
+    else:
+        yield Place(file, 1)
+        return
+    if pages == 0:
+        yield broken or PageError(f"{file}: has no pages")
+        return
+    chosen = (
+        {page for numbers in ranges for page in numbers[:pages] if page <= pages} if ranges else range(1, pages + 1)
+    )
+    yield from (Place(file, page) for page in sorted(chosen))
+    for numbers in ranges:
+        if numbers.start > pages:
+            yield PageError(f"{file}: has no page {numbers.start}: it ends with page {pages}")
+    if broken is not None:
+        yield broken
+
+
+def _head(file: Path) -> bytes:
+    """The first bytes, by which readers know a PDF; none if the file cannot be read, which reading it will say."""
+    try:
+        with file.open("rb") as opened:
+            return opened.read(1024)
+    except OSError:
+        return b""
+
+
+def _is_pdf(file: Path, head: bytes) -> bool:
+    return file.suffix.lower() == ".pdf" or b"%PDF-" in head
+
+
+def _tiff_pages(image: Image.Image) -> Iterator[int]:
+    """The frames that are pages, each being the current one while it is its turn; thumbnails and masks are none."""
+    for frame in count():
+        try:
+            image.seek(frame)
+        except EOFError:
+            return
+        if not image.tag_v2.get(254, 0) & 0b101:  # type: ignore[attr-defined]  # NewSubfileType
+            yield frame
+
+
+def _open_pdf(file: Path) -> Any:
+    """A `pypdfium2.PdfDocument`; as this library allows one thread alone, pages are read by processes."""
+    try:
+        import pypdfium2
+    except ImportError as error:
+        raise PageError(
+            f"{file}: PDFs need the extra `documents`: pip install -e '.[documents]', or pip install pypdfium2"
+        ) from error
+    raw = pypdfium2.raw  # the constructor of `PdfDocument` mistakes a PDF without pages for one that cannot be read
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        raise PageError(f"{file}: cannot read the PDF: {error.strerror}") from error
+    handle = raw.FPDF_LoadDocument(os.fsencode(file), None)
+    if not handle:
+        code = raw.FPDF_GetLastError()
+        if code == raw.FPDF_ERR_PASSWORD:
+            raise PageError(f"{file}: is locked by a password: save it without one first")
+        raise PageError(f"{file}: cannot read the PDF: {pypdfium2.internal.ErrorToStr.get(code, code)}")
+    pdf = pypdfium2.PdfDocument(handle)
+    pdf.init_forms()  # so that what is filled in is there
+    return pdf
+
+
+def _render(place: Place, dpi: float) -> PagePixels:
+    with _open_pdf(place.file) as pdf:
+        try:
+            page = pdf[place.page - 1]
+            width, height = page.get_size()  # after rotation, of the crop box
+            left, bottom, right, top = page.get_bbox()  # the crop box, before rotation
+            if width * height == 0:
+                raise ValueError("it has no area: its crop box lies outside its media box")
+            scale = min(dpi / 72, (MAX_PIXELS / (width * height)) ** 0.5)
+            pixels = page.render(scale, rev_byteorder=True).to_numpy().copy()
+        except Exception as error:  # pdfium's, or numbers in the file that no page can have
+            raise PageError(f"{place}: cannot read the page: {error}") from error
+        # The pixels' upper left, upper right and lower left corner in user space: each turn by 90 degrees clockwise
+        # brings up the crop box's next corner against the clock.
+        corners = np.array([[left, top], [left, bottom], [right, bottom], [right, top]], dtype=np.float64)
+        turns = page.get_rotation() // 90
+    origin, across, down = corners[turns], corners[turns - 1], corners[(turns + 1) % 4]
+    x, y = (across - origin) / pixels.shape[1], (down - origin) / pixels.shape[0]
+    return PagePixels(pixels, np.stack([x, y, origin], axis=1))

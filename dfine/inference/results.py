@@ -1,0 +1,127 @@
+"""What is found, as files: a JSON list that is whole after every page, and COCO results."""
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+from dfine.data.transforms import PageError
+from dfine.inference.pages import Found
+
+
+def page_entry(found: Found, picture: str | None, categories: list[dict[str, Any]]) -> dict[str, Any]:
+    """A page as predictions.json holds it: pixels and points to three decimals, scores to six."""
+    detections = []
+    for i, (label, place) in enumerate(zip(found.labels, found.classes.tolist(), strict=True)):
+        detection = {
+            "label": label,
+            "category_id": categories[place]["id"],
+            "score": round(float(found.scores[i]), 6),
+            "box": [round(x, 3) for x in found.boxes[i].tolist()],
+        }
+        if found.points is not None:
+            detection["points"] = [round(x, 3) for x in found.points[i].tolist()]
+        detections.append(detection)
+    height, width = found.size
+    entry = {"file": str(found.file), "page": found.page, "width": width, "height": height, "picture": picture}
+    return entry | {"detections": detections}
+
+
+class JsonList:
+    """A file that holds a JSON list, a line for each item, and is whole after each `append`.
+
+    So whatever ends a program, what it had appended can be read.
+
+    Args:
+        items: what the list begins with; the file's former content is gone.
+    """
+
+    END = b"\n]\n"
+
+    def __init__(self, path: Path, items: list[dict[str, Any]]) -> None:
+        self.path, self.length = path, len(items)
+        beside = path.with_name(f"{path.name}.writing")
+        beside.write_bytes(b"[" + b",".join(b"\n" + json.dumps(item).encode() for item in items) + self.END)
+        beside.replace(path)
+        self.file = path.open("r+b", buffering=0)
+
+    def append(self, item: dict[str, Any]) -> None:
+        """Overwrites the end of the list with one more item and the end, in one go.
+
+        Raises:
+            OSError: the disk is full; the file holds the items before this one.
+        """
+        end = self.file.seek(-len(self.END), 2)
+        data = (b",\n" if self.length else b"\n") + json.dumps(item).encode() + self.END
+        try:
+            if self.file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
+        except OSError:
+            self.file.seek(end)
+            self.file.write(self.END)
+            self.file.truncate()
+            raise
+        self.length += 1
+
+
+def read_predictions(path: Path) -> list[dict[str, Any]]:
+    """The entries of a predictions.json; none if there is no such file.
+
+    Raises:
+        PageError: it holds something else.
+    """
+    try:
+        entries = json.loads(path.read_bytes())
+        keys = {"file", "page", "width", "height", "detections"}
+        if isinstance(entries, list) and all(keys <= entry.keys() for entry in entries):
+            return entries
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise PageError(f"{path}: cannot go on with it: {error}") from error
+    raise PageError(f"{path}: cannot go on with it: not written by this version")
+
+
+class CocoImages:
+    """The images of a COCO json: which pages they are, and their results.
+
+    Raises:
+        PageError: not a COCO json, or its categories are not those of the model.
+    """
+
+    def __init__(self, path: Path, categories: list[dict[str, Any]]) -> None:
+        self.path = path
+        try:
+            coco = json.loads(path.read_bytes())
+            self.images = {i["file_name"]: (i["id"], (i["width"], i["height"])) for i in coco["images"]}
+            theirs = {category["id"]: category["name"] for category in coco["categories"]}
+        except OSError as error:
+            raise PageError(f"{path}: cannot read the images ({error.strerror})") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise PageError(f"{path}: not COCO: needs the lists images and categories ({error!r})") from error
+        if theirs != {category["id"]: category["name"] for category in categories}:
+            raise PageError(f"{path}: has the categories {theirs}, the checkpoint knows {categories}")
+
+    def results(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
+        """COCO results of a page of predictions.json; the image is the one whose `file_name` its path ends with.
+
+        Raises:
+            PageError: there is none, or it is of another size.
+        """
+        parts = Path(entry["file"]).parts
+        names = ["/".join(parts[first:]) for first in range(len(parts))]  # the longest first
+        image = next((self.images[name] for name in names if name in self.images), None)
+        if image is None or entry["page"] > 1:
+            raise PageError(f"{entry['file']}, page {entry['page']}: {self.path} has no such image")
+        image_id, size = image
+        if size != (entry["width"], entry["height"]):
+            raise PageError(
+                f"{entry['file']}: has {entry['width']}x{entry['height']} pixels, {self.path} says {size[0]}x{size[1]}"
+            )
+        results = []
+        for detection in entry["detections"]:
+            x1, y1, x2, y2 = detection["box"]
+            box = [x1, y1, round(x2 - x1, 3), round(y2 - y1, 3)]
+            result = {"image_id": image_id, "category_id": detection["category_id"], "bbox": box}
+            results.append(result | {"score": detection["score"]})
+        return results
