@@ -391,6 +391,17 @@ def test_losses_are_in_single_precision_under_autocast():
     assert all(loss.dtype == torch.float32 and loss.isfinite().all() for loss in terms.values())
 
 
+def test_autocast_changes_no_loss():
+    student, teacher = tiny_model(), shaken(tiny_model()).eval()
+    output, taught = asked(student, teacher)
+    arguments = (output.shared, taught.refined, student.decoder.w, teacher.decoder.w, [target([])] * 2)
+    plain = distillation(*arguments, EVERY, CONFIG, MATCHER)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = distillation(*arguments, EVERY, CONFIG, MATCHER)
+    for name, loss in plain.items():
+        torch.testing.assert_close(cast[name], loss, msg=name)
+
+
 def test_a_student_learns_from_its_teacher_alone():
     """No truth, only the distilled terms, each of which falls; the teacher stays as it is."""
     teacher = shaken(tiny_model()).eval().requires_grad_(False)

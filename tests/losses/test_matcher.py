@@ -8,6 +8,7 @@ import torch
 from tiny import random_boxes, target
 from torch import Tensor
 
+from dfine import distributed
 from dfine.config import MatcherConfig
 from dfine.losses.matcher import match, matching_cost
 from dfine.structures import Matches, Target
@@ -133,6 +134,16 @@ def test_all_heads_at_once_are_matched_as_each_alone():
         for pair in as_set(match(logits[head : head + 1], boxes[head : head + 1], pages, CONFIG))
     }
     assert together == alone
+
+
+def test_more_cores_change_neither_the_matches_nor_their_order(monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    pages, heads, found = random_pages(4, 0, 7, 2, 5), random_heads(3, 5, 9), []
+    for cores in (1, 4):
+        monkeypatch.setattr(distributed, "cores", lambda cores=cores: cores)
+        found.append(match(*heads, pages, CONFIG))
+    assert all(torch.equal(one, many) for one, many in zip(*found, strict=True))
+    assert found[0].batch.tolist() == sorted(found[0].batch.tolist())
 
 
 def test_pages_are_matched_as_each_alone():
