@@ -377,3 +377,14 @@ def test_a_tiny_model_learns_one_batch_by_heart():
         boxes = detections.boxes[[best[label] for label in truth.labels.tolist()]]
         fractions = xyxy_to_cxcywh(boxes / torch.tensor([96, 64, 96, 64]))
         assert iou(fractions, truth.boxes).min() > 0.8
+
+
+def test_where_no_query_is_matched_ddf_is_the_mean_over_the_others():
+    """An empty group has no share in it: clamped to one, it would take part of the weight."""
+    output = made_up()
+    logits, _, edges = output.refined[:3]
+    p = (edges[-1] / CONFIG.temperature).softmax(-1)
+    log_p = [(x / CONFIG.temperature).log_softmax(-1) for x in edges[:-1]]
+    kl = torch.stack([CONFIG.temperature**2 * (p * (p.log() - x)).sum((-1, -2)) / 4 for x in log_p])  # (2, B, Q)
+    mean = (kl * logits[-1].sigmoid().amax(-1)).mean((1, 2))
+    torch.testing.assert_close(criterion(output, EMPTY, W, CONFIG)["ddf"], CONFIG.ddf * mean)
