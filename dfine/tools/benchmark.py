@@ -70,7 +70,8 @@ def training(settings: Config, case: Case, device: torch.device, repeats: int) -
 def inference(settings: Config, case: Case, device: torch.device, repeats: int) -> dict[str, list[float]]:
     """From pixels to detections: the model as trained, deployed, and deployed as recommended on a GPU."""
     batch = made_up(case, device)
-    valid, sizes = batch.sizes.cpu(), [target.size for target in batch.targets]
+    sizes = [target.size for target in batch.targets]
+    valid = torch.tensor(sizes)  # on the CPU, as in evaluation
     plain = built(settings, case.queries, device).eval()
     forms = {"inference": plain}
     forms["inference, deploy()"] = built(settings, case.queries, device).deploy()
