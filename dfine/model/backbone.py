@@ -1,6 +1,7 @@
 """Any timm `features_only` model at the configured strides."""
 
 import difflib
+from collections import Counter
 from typing import Any
 
 import timm
@@ -65,6 +66,16 @@ class Backbone(nn.Module):
                 self.body.set_submodule(source.target, fuse_conv_bn_eval(conv, norm))
                 # timm's batch norms may hold their activation.
                 self.body.set_submodule(node.target, getattr(norm, "act", nn.Identity()))
+
+
+def repeated(module: nn.Module) -> list[nn.Module]:
+    """The blocks of a model: the modules of one class that make up a chain, such as a stage of a ConvNeXt."""
+    if isinstance(module, nn.Sequential | nn.ModuleList):
+        blocks = Counter(type(part) for part in module if not isinstance(part, nn.Sequential) and any(part.children()))
+        kind, count = max(blocks.items(), key=lambda item: item[1], default=(None, 0))
+        if count > 1:
+            return [part for part in module if type(part) is kind]
+    return [block for part in module.children() for block in repeated(part)]
 
 
 class ConvNormTracer(fx.Tracer):

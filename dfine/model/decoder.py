@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from dfine.boxes import full_precision, logit
 from dfine.config import DecoderConfig
 from dfine.model.deformable_attention import DeformableAttention
-from dfine.model.fdr import LQE, decode, expectation, mlp, weighting_function, xavier, zero_last
+from dfine.model.fdr import LQE, FullPrecision, decode, expectation, mlp, weighting_function, xavier, zero_last
 from dfine.structures import Prediction, Refinement
 
 
@@ -105,10 +105,10 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             DecoderLayer(dim, config.heads, config.feedforward_dim, config.points) for _ in range(config.layers)
         )
-        self.position = xavier(mlp(4, 2 * dim, dim))
-        self.initial_box = zero_last(mlp(dim, dim, dim, 4))
+        self.position = xavier(FullPrecision(*mlp(4, 2 * dim, dim)))
+        self.initial_box = zero_last(FullPrecision(*mlp(dim, dim, dim, 4)))
         self.edge_heads = nn.ModuleList(
-            zero_last(mlp(dim, dim, dim, 4 * (config.bins + 1))) for _ in range(config.layers)
+            zero_last(FullPrecision(*mlp(dim, dim, dim, 4 * (config.bins + 1)))) for _ in range(config.layers)
         )
         self.class_heads = nn.ModuleList(class_head(dim, classes) for _ in range(config.layers))
         self.lqe = nn.ModuleList(LQE() for _ in range(config.layers))
@@ -139,11 +139,11 @@ class Decoder(nn.Module):
             position = self.position(reference).clamp(-10, 10)  # (B, Q, D)
             x = layer(x, position, reference, memory, shapes, valid_ratio, mask)  # (B, Q, D)
             if i == 0:
-                initial_boxes = (full_precision(self.initial_box(x)) + logit(start)).sigmoid()  # (B, Q, 4)
+                initial_boxes = (self.initial_box(x) + logit(start)).sigmoid()  # (B, Q, 4)
                 frame = initial_boxes.detach()
                 if every_layer:
                     initial = Prediction(full_precision(self.class_heads[0](x)), initial_boxes)
-            refined = full_precision(self.edge_heads[i](x + previous)).unflatten(-1, (4, -1))  # (B, Q, 4, N + 1)
+            refined = self.edge_heads[i](x + previous).unflatten(-1, (4, -1))  # (B, Q, 4, N + 1)
             edge_logits = refined + edge_logits  # Eq. 2; the previous ones are not detached
             box = decode(frame, expectation(edge_logits, self.w))  # (B, Q, 4)
             if every_layer or last:

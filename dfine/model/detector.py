@@ -1,16 +1,18 @@
 """D-FINE: backbone, hybrid encoder, query selection, decoder."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfine.boxes import cxcywh_to_xyxy, full_precision, logit
 from dfine.config import ModelConfig
-from dfine.model.backbone import Backbone
-from dfine.model.decoder import Decoder, class_head
+from dfine.model.backbone import Backbone, repeated
+from dfine.model.decoder import Decoder, DecoderLayer, class_head
 from dfine.model.denoising import attention_mask
-from dfine.model.fdr import mlp, xavier, zero_last
-from dfine.model.hybrid_encoder import ConvNorm, HybridEncoder, RepVGG
+from dfine.model.fdr import FullPrecision, mlp, xavier, zero_last
+from dfine.model.hybrid_encoder import AIFI, ConvNorm, HybridEncoder, RepNCSPELAN4, RepVGG
 from dfine.structures import Denoising, Detections, DFineOutput, NoisedTruth, Prediction, Queries, Refinement
 
 
@@ -57,19 +59,21 @@ class DFine(nn.Module):
         """
         Args:
             images: (B, 3, H, W) RGB, uint8 or float in [0, 1]; H and W are multiples of the last stride.
-            sizes: (B, 2) valid height, width of each page; None: the pages fill the canvas.
+            sizes: (B, 2) valid height, width of each page; None: the pages fill the canvas. In evaluation mode best on
+                the CPU, also where the images are on a GPU: pages are grouped by them.
             noised: denoising queries; in training mode only.
             shared: another model's queries, which this decoder answers as well (distillation).
         Returns:
             All heads in training mode; in evaluation mode only the last layer, as L = 1.
         """
-        canvas = (images.shape[-2], images.shape[-1])
+        height, width = images.shape[-2:]
+        maps = self.encode(images, sizes) if self.training else self.encode_apart(images, sizes)
         on_page, valid_ratio = None, None
         if sizes is not None:
-            on_page = [cells_on_page(canvas, sizes, stride) for stride in self.strides]  # (B, cells) each
-            valid_ratio = (sizes / sizes.new_tensor(canvas)).flip(-1)  # (B, 2) width, height
+            sizes = sizes.to(images.device, non_blocking=True)
+            on_page = [cells_on_page((height, width), sizes, stride) for stride in self.strides]  # (B, cells) each
+            valid_ratio = torch.stack([sizes[:, 1] / width, sizes[:, 0] / height], dim=-1)  # (B, 2)
 
-        maps = self.encode(images, sizes) if self.training else self.encode_apart(images, sizes)
         shapes = [(x.shape[-2], x.shape[-1]) for x in maps]
         memory = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], dim=1)  # (B, S, D)
         if on_page is not None:
@@ -98,8 +102,10 @@ class DFine(nn.Module):
 
     def encode(self, images: Tensor, sizes: Tensor | None) -> list[Tensor]:
         """The encoder's maps (B, D, H / stride, W / stride)."""
-        canvas = (images.shape[-2], images.shape[-1])
-        on_page = None if sizes is None else cells_on_page(canvas, sizes, self.strides[-1])
+        on_page = None
+        if sizes is not None:
+            sizes = sizes.to(images.device, non_blocking=True)
+            on_page = cells_on_page((images.shape[-2], images.shape[-1]), sizes, self.strides[-1])
         maps = self.encoder(self.backbone(self.normalise(images, sizes)), on_page)
         return [project(x) for project, x in zip(self.projections, maps, strict=True)]
 
@@ -129,9 +135,9 @@ class DFine(nn.Module):
         stay the same up to rounding.
 
         Args:
-            fast: also half precision (bf16 autocast), channels-last memory and, on a GPU, compilation: what we
-                recommend on GPUs, and on CPUs that multiply bf16. Answers differ in the third digit. The model must be
-                on its device; the first pages of a new size are slow where it compiles.
+            fast: also half precision (bf16 autocast), channels-last memory and, on a GPU, compilation (see
+                `compile_parts`): what we recommend on GPUs, and on CPUs that multiply bf16. Answers differ in the third
+                digit. The model must be on its device; the first pages are slow where it compiles.
         """
         self.eval()
         for module in self.modules():
@@ -144,13 +150,26 @@ class DFine(nn.Module):
         if fast:
             device = self.mean.device.type
             self.to(memory_format=torch.channels_last)
+            kept = {layer for module in self.modules() if isinstance(module, FullPrecision) for layer in module}
             for module in self.modules():
-                if isinstance(module, nn.Conv2d | nn.Linear | nn.MultiheadAttention):
+                if isinstance(module, nn.Conv2d | nn.Linear | nn.MultiheadAttention) and module not in kept:
                     module.bfloat16()  # once, not in every forward pass
             self.forward = torch.autocast(device, torch.bfloat16)(self.forward)  # type: ignore[method-assign]
             if device == "cuda":
-                self.compile()
+                self.compile_parts()
         return self
+
+    def compile_parts(self) -> None:
+        """Compiles what repeats (the backbone's blocks, fusion blocks, decoder layers) and AIFI, in place.
+
+        Modules of one shape share their code: it is compiled once for each, and serves every size of pages. The model
+        as a whole would be one graph of everything repeated, which takes many times as long.
+        """
+        # Variants of a block that may exist: stages, with and without gradients, in both precisions (default: 8).
+        torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+        parts = [module for module in self.modules() if isinstance(module, RepNCSPELAN4 | AIFI | DecoderLayer)]
+        for module in [*repeated(self.backbone), *parts]:
+            module.compile(dynamic=True)
 
     def normalise(self, images: Tensor, sizes: Tensor | None) -> Tensor:
         """(B, 3, H, W) uint8 or [0, 1] -> zero mean, unit variance; pixels of padding become 0."""
@@ -172,7 +191,7 @@ class QuerySelection(nn.Module):
         self.project = nn.Linear(dim, dim)
         self.norm = nn.LayerNorm(dim)
         self.class_head = class_head(dim, classes)
-        self.box_head = zero_last(mlp(dim, dim, dim, 4))
+        self.box_head = zero_last(FullPrecision(*mlp(dim, dim, dim, 4)))
         nn.init.xavier_uniform_(self.project.weight)
 
     def forward(
@@ -184,15 +203,16 @@ class QuerySelection(nn.Module):
         """
         anchors, valid = self.anchors(shapes, sizes, memory)  # (B or 1, S, 4), (B or 1, S)
         memory = memory * valid[..., None]
-        with torch.no_grad():  # ranking has no gradient
-            tokens = self.norm(self.project(memory))  # (B, S, D)
-            score = full_precision(self.class_head(tokens)).amax(-1).masked_fill(~valid, -torch.inf)  # (B, S)
-            index = score.topk(min(self.queries, score.shape[1])).indices  # (B, Q)
+        # Ranking has no gradient, but must not run under `no_grad`: up to torch 2.10 autocast would remember the half-
+        # precision copies of the weights that it makes here, without a gradient, and use them for the answer as well.
+        tokens = self.norm(self.project(memory.detach())).detach()  # (B, S, D)
+        score = full_precision(self.class_head(tokens)).amax(-1).masked_fill(~valid, -torch.inf)  # (B, S)
+        index = score.topk(min(self.queries, score.shape[1])).indices  # (B, Q)
         anchors = gather(anchors.expand(len(index), -1, -1), index)  # (B, Q, 4)
         # The selected tokens (B, Q, D) are made again, so that the backward pass is over these alone.
         again = torch.is_grad_enabled()
         selected = self.norm(self.project(gather(memory, index))) if again else gather(tokens, index)
-        boxes = (full_precision(self.box_head(selected)) + logit(anchors)).sigmoid()  # (B, Q, 4)
+        boxes = (self.box_head(selected) + logit(anchors)).sigmoid()  # (B, Q, 4)
         answer = Prediction(full_precision(self.class_head(selected)), boxes) if self.training else None
         return answer, Queries(index, boxes.detach()), tokens
 
@@ -203,12 +223,11 @@ class QuerySelection(nn.Module):
         """
         levels = []
         for level, ((height, width), stride) in enumerate(zip(shapes, self.strides, strict=True)):
-            rows = (torch.arange(height, device=like.device) + 0.5) * stride
-            columns = (torch.arange(width, device=like.device) + 0.5) * stride
-            y, x = torch.meshgrid(rows, columns, indexing="ij")
-            canvas = torch.tensor([[height * stride, width * stride]], device=like.device)
-            page = (canvas if sizes is None else sizes).flip(-1)[:, None]  # (B or 1, 1, 2) width, height
-            centres = torch.stack([x, y], dim=-1).flatten(0, 1) / page  # (B or 1, cells, 2)
+            page: Any = (height * stride, width * stride) if sizes is None else sizes.view(-1, 2, 1, 1).unbind(1)
+            rows = torch.arange(height, device=like.device)[:, None]
+            columns = torch.arange(width, device=like.device)
+            y, x = (rows + 0.5) * stride / page[0], (columns + 0.5) * stride / page[1]  # (B, H, 1), (B, 1, W)
+            centres = torch.stack(torch.broadcast_tensors(x, y), dim=-1).view(-1, height * width, 2)
             levels.append(torch.cat([centres, torch.full_like(centres, 0.05 * 2**level)], dim=-1))
         anchors = torch.cat(levels, dim=1).to(torch.promote_types(like.dtype, torch.float32))
         return anchors, ((anchors > 0.01) & (anchors < 0.99)).all(-1)
@@ -232,10 +251,13 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
 
 
 def split(refined: Refinement, initial: Prediction, part: slice) -> tuple[Refinement, Prediction]:
-    """The given queries' share of what the decoder says."""
-    logits, boxes, edge_logits = (x[:, :, part] for x in refined[:3])
-    first = Prediction(initial.logits[:, part], initial.boxes[:, part])
-    return Refinement(logits, boxes, edge_logits, refined.initial_boxes[:, part]), first
+    """The given queries' share of what the decoder says, as tensors of their own.
+
+    Of slices of one tensor `torch.compile` would mistake one for another where they are answers of a model.
+    """
+    logits, boxes, edge_logits = (x[:, :, part].clone() for x in refined[:3])
+    first = Prediction(initial.logits[:, part].clone(), initial.boxes[:, part].clone())
+    return Refinement(logits, boxes, edge_logits, refined.initial_boxes[:, part].clone()), first
 
 
 def detect(output: DFineOutput, sizes: list[tuple[int, int]], top: int = 300) -> list[Detections]:
