@@ -9,17 +9,16 @@ import sys
 import torch
 
 from dfine import config, distributed
-from dfine.checkpoints.ours import initialise, load_teacher
+from dfine.checkpoints.ours import load_teacher
 from dfine.data.batches import evaluation_loader, train_loader
 from dfine.data.sources import open_source
 from dfine.distributed import say
 from dfine.losses.criterion import criterion
 from dfine.losses.distillation import active, distillation
 from dfine.model.denoising import freshly_noised
-from dfine.model.detector import DFine
 from dfine.structures import Batch
 from dfine.training import engine
-from dfine.training.run import Run
+from dfine.training.run import Run, resumes
 
 
 def main() -> None:
@@ -29,6 +28,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.batch_size=8")
     arguments = parser.parse_intermixed_args()
     settings = config.load(arguments.config, arguments.overrides)
+    resumed = resumes(settings, arguments.resume)
 
     device = distributed.start()
     engine.prepare(settings)
@@ -38,15 +38,12 @@ def main() -> None:
     batches, sampler = train_loader(train_pages, settings)
     val_batches = evaluation_loader(val_pages, settings)
 
-    model = DFine(settings.model, len(train_pages.categories))
-    if settings.model.init_from:
-        say(initialise(model, settings.model.init_from, train_pages.categories))
-    model.to(device).to(memory_format=torch.channels_last)  # convolutions are faster so
+    model = engine.build(settings, train_pages.categories, device, resumed)
     teacher = load_teacher(settings, arguments.config, train_pages.categories)
     teacher.to(device).to(memory_format=torch.channels_last)
     run = Run(settings, train_pages.categories, model, device, len(sampler) // settings.train.accumulate)
     run.open(arguments.resume)
-    replica = engine.parallel(model, settings.train, device)
+    replica = engine.parallel(model, settings.train, device, settings.data.batch_size)
 
     def losses_of(batch: Batch) -> dict[str, torch.Tensor]:
         noised = freshly_noised(batch.targets, model.classes, settings.model.denoising)

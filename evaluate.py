@@ -24,6 +24,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.val.images=pages/test")
     arguments = parser.parse_intermixed_args()
     model, settings, categories = load_model(arguments.checkpoint)
+    for text in arguments.overrides:
+        if text.startswith(("model", "loss", "distill")):
+            raise ConfigError(f"override {text!r}: the model is the checkpoint's; set data, train and run_dir only")
     settings = config.override(settings, [f"run_dir={arguments.checkpoint.parent}", *arguments.overrides])
 
     device = distributed.start()

@@ -1,12 +1,24 @@
 """One process or many: the few things that differ. Imports nothing of ours."""
 
 import os
-from typing import Any
+import signal
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
+
+T = TypeVar("T")
+
+# Through this group processes wait for one another, on the CPU, and none is given up for being slow: the main process
+# saves and measures alone, which may take hours. Gradients keep torch's time limit: there, all are in the same step.
+_waiting: Any = None
+PATIENCE = timedelta(days=30)
 
 
 def start() -> torch.device:
@@ -17,12 +29,29 @@ def start() -> torch.device:
     else:
         device = torch.device("cpu")
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        # CPU tensors always go through gloo, so that a flag can be shared without waiting for the GPU.
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        global _waiting
+        _waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
     return device
 
 
+def _end_with(torchrun: int) -> None:
+    """Does what a torchrun that was killed leaves undone: tells this process to stop, and kills it half a minute later.
+
+    torchrun starts each process in a session of its own, so nothing else reaches it then.
+    """
+    while os.getppid() == torchrun:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def finish() -> None:
+    global _waiting
+    _waiting = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -33,6 +62,12 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def cores() -> int:
+    """CPU cores for this process: its share of those that the processes on this machine may run on."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def is_main() -> bool:
@@ -56,7 +91,10 @@ def sum_over_processes(x: Tensor) -> Tensor:
 
 def any_process(flag: bool) -> bool:
     """Whether the flag is set in any process; every process must ask."""
-    return bool(sum_over_processes(torch.tensor(float(flag))).item())
+    flags = torch.tensor(float(flag))
+    if world_size() > 1:
+        dist.all_reduce(flags, group=_waiting)
+    return bool(flags)
 
 
 def gather(item: Any) -> list[Any]:
@@ -64,8 +102,26 @@ def gather(item: Any) -> list[Any]:
     items: list[Any] = [None] * world_size()
     if world_size() == 1:
         return [item]
-    dist.all_gather_object(items, item)
+    dist.all_gather_object(items, item, group=_waiting)
     return items
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """What the main process gets from `work`, in every process; the others wait.
+
+    Raises:
+        ValueError: in every process, where `work` raises one.
+    """
+    outcome: T | ValueError | None = None
+    if is_main():
+        try:
+            outcome = work()
+        except ValueError as error:
+            outcome = error
+    outcome = gather(outcome)[0]
+    if isinstance(outcome, ValueError):
+        raise outcome
+    return outcome
 
 
 def broadcast_buffers(module: torch.nn.Module) -> None:
@@ -73,8 +129,3 @@ def broadcast_buffers(module: torch.nn.Module) -> None:
     if world_size() > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
-
-
-def barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()

@@ -25,7 +25,8 @@ class Target(NamedTuple):
     size: tuple[int, int]  # height, width of the original image in pixels
 
     def to(self, device: torch.device) -> "Target":
-        return self._replace(labels=self.labels.to(device), boxes=self.boxes.to(device))
+        labels, boxes = self.labels.to(device, non_blocking=True), self.boxes.to(device, non_blocking=True)
+        return self._replace(labels=labels, boxes=boxes)
 
 
 class Batch(NamedTuple):
@@ -36,8 +37,9 @@ class Batch(NamedTuple):
     targets: list[Target]
 
     def to(self, device: torch.device) -> "Batch":
-        targets = [target.to(device) for target in self.targets]
-        return Batch(self.images.to(device, non_blocking=True), self.sizes.to(device), targets)
+        """Without waiting for a GPU, if the batch lies in pinned memory, where a loader puts it."""
+        images, sizes = self.images.to(device, non_blocking=True), self.sizes.to(device, non_blocking=True)
+        return Batch(images, sizes, [target.to(device) for target in self.targets])
 
 
 class Prediction(NamedTuple):
@@ -97,8 +99,16 @@ class Matches(NamedTuple):
     target: Tensor  # into the concatenated targets of the batch
 
     def to(self, device: torch.device) -> "Matches":
-        layer = None if self.layer is None else self.layer.to(device, non_blocking=True)
-        return Matches(layer, *(index.to(device, non_blocking=True) for index in self[1:]))
+        *layer, batch, query, target = send([index for index in self if index is not None], device)
+        return Matches(layer[0] if layer else None, batch, query, target)
+
+
+def send(numbers: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Flat tensors of one type from the CPU to a device, in one copy; nothing waits for a GPU."""
+    packed = torch.cat(numbers)
+    if device.type == "cuda":
+        packed = packed.pin_memory()
+    return list(packed.to(device, non_blocking=True).split([len(each) for each in numbers]))
 
 
 class Detections(NamedTuple):

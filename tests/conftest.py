@@ -16,6 +16,7 @@ from scripts import TINY, pages, train
 from torch import Tensor
 
 SHIPPED = Path(__file__).parent / "golden"
+HAS_GPU = torch.cuda.is_available()
 DEVIATIONS = pytest.StashKey[dict[str, Deviation]]()
 
 
@@ -27,6 +28,19 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # tiny tensors gain nothing from more, and wait long for them on a busy machine
     config.stash[DEVIATIONS] = {}
     config.addinivalue_line("markers", "golden(files, part): runs on recorded files; part: its line in the table")
+    config.addinivalue_line(
+        "markers", "cuda: runs on a GPU, and is skipped where there is none; all others run on the CPU"
+    )
+
+
+@pytest.fixture(autouse=True)
+def one_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only tests marked `cuda` see a GPU: on a CPU the same run gives the same bits."""
+    if request.node.get_closest_marker("cuda") is None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # for processes that the test starts
+    elif not HAS_GPU:
+        pytest.skip("needs a GPU")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from dfine import predict
 from dfine.checkpoints import ours
 from dfine.config import ConfigError, from_dict
 from dfine.model.detector import DFine
+from dfine.training import engine
+from dfine.training.run import Run
 
 CATEGORIES = [{"id": 3, "name": "text"}, {"id": 5, "name": "figure"}]
 START_LATE = ["distill.go_lsd.start_epoch=1"]  # of two: the loss changes on the way
@@ -97,6 +100,25 @@ def test_a_run_stopped_in_mid_epoch_and_resumed_equals_the_uninterrupted_one(
     distill(folder, tmp_path / "run", *START_LATE, "train.max_steps=3")
     distill(folder, tmp_path / "run", *START_LATE, "--resume")
     assert same(state(tmp_path / "run"), state(uninterrupted))
+
+
+def test_a_run_goes_on_with_fewer_terms_and_the_means_are_over_the_steps_that_had_them(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = engine.optimize
+
+    def optimize(run: Run, *arguments: Any) -> dict[str, float]:
+        run.signalled = run.step == 1
+        return whole(run, *arguments)
+
+    monkeypatch.setattr(engine, "optimize", optimize)
+    distill(folder, tmp_path / "run")
+    assert state(tmp_path / "run")["step"] == 2
+    before = [step["distill_go_lsd"] for step in ours.read(tmp_path / "run" / "last.pt")["since_evaluation"]]
+    distill(folder, tmp_path / "run", "--resume", "distill.go_lsd.weight=0", "train.max_steps=4")
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert {"distill_class", "distill_box", "distill_go_lsd"} < line["train"].keys()
+    assert line["train"]["distill_go_lsd"] == pytest.approx(sum(before) / 2)
 
 
 def test_without_alpha_the_teacher_is_not_asked_and_the_student_learns_as_if_alone(

@@ -1,9 +1,13 @@
 """Two processes do what one does."""
 
+import functools
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from processes import ends, launch
 from tiny import freeze_batch_norms, noised, random_boxes, shaken, tiny_model
 
@@ -79,11 +83,45 @@ def test_what_processes_tell_each_other(tmp_path: Path) -> None:
         assert mean.tolist() == [0, 0]
 
 
+def slow_main(rank_file: Path) -> None:
+    """What the main process does alone takes longer than torch would wait."""
+    start = dist.init_process_group
+    dist.init_process_group = functools.partial(start, timeout=timedelta(seconds=1))  # 30 minutes, sooner
+    distributed.start()
+    asked = [lambda: distributed.any_process(False), lambda: distributed.gather(1), lambda: distributed.on_main(int)]
+    for question in asked:
+        if distributed.is_main():
+            time.sleep(2)
+        question()
+    rank_file.with_name(f"rank{distributed.rank()}").touch()
+    distributed.finish()
+
+
+def test_processes_wait_for_the_main_process_however_long_it_takes(tmp_path: Path) -> None:
+    assert ends(launch(slow_main, tmp_path / "rank")) == [0, 0]
+    assert {path.name for path in tmp_path.iterdir()} == {"rank0", "rank1"}
+
+
+def mistaken_main(rank_file: Path) -> None:
+    distributed.start()
+    try:
+        distributed.on_main(lambda: int("no number"))
+    except ValueError as error:
+        rank_file.with_name(f"rank{distributed.rank()}").write_text(str(error))
+    distributed.finish()
+
+
+def test_what_stops_the_main_process_stops_all_with_the_same_words(tmp_path: Path) -> None:
+    assert ends(launch(mistaken_main, tmp_path / "rank")) == [0, 0]
+    assert "no number" in (tmp_path / "rank0").read_text() == (tmp_path / "rank1").read_text()
+
+
 def test_one_process_asks_nobody() -> None:
     x = torch.ones(2)
     assert distributed.sum_over_processes(x) is x
     assert distributed.any_process(True)
     assert distributed.gather(5) == [5]
+    assert distributed.on_main(lambda: 5) == 5
     assert distributed.is_main()
 
 

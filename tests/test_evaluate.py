@@ -80,6 +80,12 @@ def test_overrides_of_the_script_win_over_the_checkpoint(best: Path, tmp_path: P
     assert not (best.parent / "metrics.json").exists()
 
 
+@pytest.mark.parametrize("override", ["model.decoder.queries=3", "loss.vfl=2", "distill.teacher=best.pt"])
+def test_overrides_that_an_evaluation_would_not_heed_are_refused(best: Path, script: Any, override: str) -> None:
+    with pytest.raises(ConfigError, match=f"override '{override}': the model is the checkpoint's"):
+        script("--checkpoint", best, override)
+
+
 @pytest.mark.parametrize("other", [{"id": 3, "name": "list"}, {"id": 2, "name": "table"}])
 def test_a_json_with_other_categories_is_refused_and_both_are_named(
     best: Path, tmp_path: Path, script: Any, other: dict[str, Any]

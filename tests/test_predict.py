@@ -149,6 +149,3 @@ def test_a_share_outside_0_to_1_is_a_mistake(
     with pytest.raises(SystemExit):
         script(tmp_path, f"{option}={value}")
     assert f"argument {option}" in capsys.readouterr().err
-
-
-# Pictures

@@ -6,6 +6,7 @@
 
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from dfine import config as configs
 from dfine.checkpoints import original
 from dfine.config import Config, ConfigError
 from dfine.model.detector import DFine, class_dependent
+
+FOR_USE: dict[str, type] = {"ema": dict, "categories": list}  # with "config", what every checkpoint holds
 
 
 class CheckpointError(ValueError):
@@ -48,19 +51,52 @@ def read(path: str | Path) -> dict[str, Any]:
     """Loads a file of tensors and plain values on the CPU.
 
     Raises:
-        CheckpointError: missing, truncated or not a checkpoint.
+        CheckpointError: missing, damaged or not a checkpoint.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        damaged = None
+        if zipfile.is_zipfile(path):  # torch.save writes checksums, torch.load does not look at them
+            with zipfile.ZipFile(path) as file:
+                damaged = file.testzip()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such checkpoint") from error
     except pickle.UnpicklingError as error:  # torch would advise to load without `weights_only`
         raise CheckpointError(f"{path}: not a checkpoint of tensors and plain values") from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: truncated or not a checkpoint ({error})") from error
+    except Exception as error:  # what torch raises on a broken file is no closed list
+        raise CheckpointError(
+            f"{path}: truncated or not a checkpoint ({str(error) or type(error).__name__})"
+        ) from error
+    if damaged is not None:
+        raise CheckpointError(f"{path}: damaged at {damaged}: the checksum does not fit; take another copy")
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: not a checkpoint: holds a {type(content).__name__}")
     return content
+
+
+def require(path: str | Path, content: dict[str, Any], parts: dict[str, type]) -> None:
+    """Raises CheckpointError unless the content has all these parts, of these types, and knows its categories."""
+    wrong = [name for name, kind in parts.items() if not isinstance(content.get(name), kind)]
+    if wrong:
+        raise CheckpointError(f"{path}: not a checkpoint of this project: lacks {', '.join(sorted(wrong))}")
+    if not all(isinstance(category, dict) and {"id", "name"} <= category.keys() for category in content["categories"]):
+        raise CheckpointError(f"{path}: not a checkpoint of this project: its categories lack id or name")
+
+
+def settings_of(path: str | Path, content: dict[str, Any]) -> Config:
+    """The config in a checkpoint of ours.
+
+    Raises:
+        CheckpointError: not a checkpoint of ours. ConfigError: its config is of another version.
+    """
+    require(path, content, {"config": dict, **FOR_USE})
+    try:
+        return configs.from_dict(content["config"])
+    except ConfigError as error:
+        raise ConfigError(
+            f"{path}: written by another version of dfine ({error}): use that version, or start a run from the weights "
+            "with model.init_from"
+        ) from error
 
 
 def weights(config: Config, categories: list[dict[str, Any]], ema: nn.Module) -> dict[str, Any]:
@@ -70,6 +106,12 @@ def weights(config: Config, categories: list[dict[str, Any]], ema: nn.Module) ->
     return {"config": settings, "categories": categories, "ema": ema.state_dict()}
 
 
+def bare_model(config: Config, categories: list[dict[str, Any]]) -> DFine:
+    """The model of a config, for weights from a checkpoint: timm does not look for its own."""
+    bare = configs.override(config, ["model.backbone.pretrained=false", "model.backbone.weights="])
+    return DFine(bare.model, len(categories))
+
+
 def load_model(path: str | Path) -> tuple[DFine, Config, list[dict[str, Any]]]:
     """The averaged model of a checkpoint in evaluation mode, its config and its categories.
 
@@ -77,18 +119,16 @@ def load_model(path: str | Path) -> tuple[DFine, Config, list[dict[str, Any]]]:
         CheckpointError: not a checkpoint of ours. ConfigError: its config is of another version.
     """
     content = read(path)
-    missing = {"config", "categories", "ema"} - content.keys()
-    if missing:
-        raise CheckpointError(f"{path}: not a checkpoint of this project: lacks {', '.join(sorted(missing))}")
-    config = configs.from_dict(content["config"])
-    # The weights come from the checkpoint: timm must not look for its own.
-    built = configs.override(config, ["model.backbone.pretrained=false", "model.backbone.weights="])
-    model = DFine(built.model, len(content["categories"]))
+    config, categories = settings_of(path, content), content["categories"]
+    try:
+        model = bare_model(config, categories)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     wrong = misfit(model, content["ema"])
     if wrong:
         raise CheckpointError(f"{path}: does not fit the model of its own config at {wrong}")
     model.load_state_dict(content["ema"])
-    return model.eval(), config, content["categories"]
+    return model.eval(), config, categories
 
 
 def load_teacher(config: Config, source: str, categories: list[dict[str, Any]]) -> DFine:
@@ -137,8 +177,7 @@ def initialise(model: DFine, path: str, categories: list[dict[str, Any]]) -> str
             raise CheckpointError(f"{path}: {error}") from error
         source = "the original implementation"
     else:
-        if "ema" not in content or "categories" not in content:
-            raise CheckpointError(f"{path}: not a checkpoint of this project")
+        require(path, content, FOR_USE)
         state, theirs = content["ema"], [c["name"] for c in content["categories"]]
         anew = [] if theirs == [c["name"] for c in categories] else class_dependent(model)
         source = f"classes {', '.join(theirs)}"
@@ -154,6 +193,8 @@ def initialise(model: DFine, path: str, categories: list[dict[str, Any]]) -> str
 def misfit(model: nn.Module, state: dict[str, Tensor], anew: list[str] | None = None) -> str:
     """Which tensors of a state do not fit the model, for people; empty if all fit. `anew` may be missing."""
     own = model.state_dict()
-    wrong = sorted((own.keys() ^ state.keys()) - set(anew or []))
-    wrong += sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
+    wrong = sorted(map(str, (own.keys() ^ state.keys()) - set(anew or [])))
+    for name in sorted(own.keys() & state.keys()):
+        if not isinstance(state[name], Tensor) or state[name].shape != own[name].shape:
+            wrong.append(name)
     return f"{', '.join(wrong[:5])} ({len(wrong)} in all)" if wrong else ""

@@ -140,29 +140,48 @@ def _loader(source: Source, config: Config, batches: Any, training: bool) -> Dat
 
 
 class PageLoader(DataLoader[Batch]):
-    """Raises a worker's page error as it is; a plain `DataLoader` wraps it in the worker's stack."""
+    """Raises what goes wrong in a worker as it is, and only where a batch is asked for."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        for batch in super().__iter__():
-            if isinstance(batch, PageError):
-                raise batch
-            yield batch
+        """
+        Raises:
+            PageError: see `PageDataset`; a plain `DataLoader` wraps it in the worker's stack.
+            WorkerError: a worker is gone.
+        """
+        try:
+            batches = super().__iter__()
+            if self.num_workers and hasattr(signal, "SIGCHLD"):
+                # torch would raise a worker's death wherever this process is: halfway through a step, or a save.
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for batch in batches:
+                if isinstance(batch, PageError):
+                    raise batch
+                yield batch
+        except RuntimeError as error:  # torch's: a worker was killed, or shared memory or file handles ran out
+            raise WorkerError(f"loading pages failed: {error}") from error
+
+
+class WorkerError(ValueError):
+    """Pages cannot be loaded, through no fault of theirs."""
 
 
 def leave_signals_to_the_main_process(_: int) -> None:
     """Ctrl-C, torchrun and job schedulers signal workers as well: they end when the main process does, not before."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if not hasattr(signal, "sigwaitinfo"):  # macOS: there SIGTERM ends a worker, and then the run
+    if not hasattr(signal, "sigtimedwait"):  # macOS: there SIGTERM ends a worker, and then the run
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_heed_the_main_process, daemon=True).start()
 
 
 def _heed_the_main_process() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
-        pass
+    """Ends this worker when the main process says so, or is gone: torch looks for that between batches only."""
+    main, parent = multiprocessing.parent_process(), os.getppid()  # another process where a server forks the workers
+    assert main is not None
+    while os.getppid() == parent:
+        signalled = signal.sigtimedwait({signal.SIGTERM}, 1)
+        if signalled is not None and signalled.si_pid == main.pid:
+            break
     os._exit(0)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from dfine.config import AugmentConfig
@@ -20,6 +20,15 @@ import albumentations as A
 cv2.setNumThreads(0)  # loader processes are the parallelism; OpenCV's own threads only fight with them
 
 WHITE = (255, 255, 255)
+TURNS: dict[Any, Image.Transpose] = {  # by EXIF orientation; 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class PageError(ValueError):
@@ -43,8 +52,8 @@ def read_page(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarr
         with Image.open(path) as image:
             turn = size is None or (image.height, image.width) != size
             page = as_page(image, turn)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all of these are Pillow's
-        raise PageError(f"{path}: cannot read the image: {error}") from error
+    except Exception as error:  # what Pillow and the libraries below it raise on a broken file is no closed list
+        raise PageError(f"{path}: cannot read the image: {str(error) or type(error).__name__}") from error
     if size is not None and page.shape[:2] != size:
         found = f"{page.shape[1]}x{page.shape[0]}"
         raise PageError(f"{path}: the image is {found} pixels, the annotations say {size[1]}x{size[0]}")
@@ -53,7 +62,17 @@ def read_page(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarr
 
 def as_page(image: Image.Image, turn: bool = True) -> np.ndarray:
     """An image as it should look on white paper, (H, W, 3) uint8 RGB; `turn`: after its EXIF rotation."""
-    return np.array(_on_white(ImageOps.exif_transpose(image) if turn else image))
+    return np.array(_on_white(_turned(image) if turn else image))
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    """After its EXIF rotation. Pillow's `exif_transpose` also writes the EXIF block anew, and fails if it is odd."""
+    image.load()  # may itself turn the image, and drop the tag (TIFF)
+    try:
+        how = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # as for files: a block that cannot be read says nothing, and the page is as it lies
+        how = None
+    return image if how is None else image.transpose(how)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

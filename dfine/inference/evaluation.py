@@ -69,10 +69,10 @@ def find(
         if stop():
             break
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type == "cuda"):
-            output = model(batch.images.to(device), batch.sizes.to(device))
+            output = model(batch.images.to(device, non_blocking=True), batch.sizes)
         found = detect(output, [target.size for target in batch.targets])
         for target, page in zip(batch.targets, found, strict=True):
-            share[target.image_id] = finite_on_cpu(page, f"image {target.image_id}")
+            share[target.image_id] = finite(page, f"image {target.image_id}")
     everywhere: dict[int, Detections] = {}
     for part in distributed.gather(None if stop() else share):
         if part is None:
@@ -84,13 +84,13 @@ def find(
     return [result for image_id in pages.ids for result in coco_results(image_id, everywhere[image_id], category_ids)]
 
 
-def finite_on_cpu(found: Detections, page: str) -> Detections:
-    """Brings detections to the CPU.
+def finite(found: Detections, page: str) -> Detections:
+    """The detections, in memory of their own: views would keep and send the whole batch.
 
     Raises:
         FloatingPointError: a score or a box is not finite; names the page.
     """
-    found = Detections(*(x.cpu().clone() for x in found))  # no view: that would keep and send the whole batch
+    found = Detections(*(x.clone() for x in found))
     if not (found.scores.isfinite().all() and found.boxes.isfinite().all()):
         raise FloatingPointError(f"{page}: a detection is not finite")
     return found

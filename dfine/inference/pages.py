@@ -14,7 +14,7 @@ from dfine.checkpoints.ours import load_model
 from dfine.config import DataConfig
 from dfine.data.sources import Source
 from dfine.data.transforms import PageError, as_page, fit, pad, read_page, resize
-from dfine.inference.evaluation import finite_on_cpu
+from dfine.inference.evaluation import finite
 from dfine.inference.pictures import draw, grid
 from dfine.model.detector import DFine, detect
 from dfine.structures import Detections
@@ -133,10 +133,10 @@ def predict_pages(
     """
     resized = [resize(page, fit(page.shape[:2], config.eval_short_edge, config.max_long_edge)) for page in pages]
     images, sizes = pad(resized, model.strides[-1])
-    output = model(images.to(model.mean.device), sizes.to(model.mean.device))
+    output = model(images.to(model.mean.device), sizes)
     batch = []
     for found in detect(output, [page.shape[:2] for page in pages]):
-        found = finite_on_cpu(found, "the page")
+        found = finite(found, "the page")
         found = Detections(*(x[found.scores >= threshold] for x in found))
         batch.append(Detections(*(x[nms(found.boxes, found.scores, dedupe)] for x in found)))
     return batch

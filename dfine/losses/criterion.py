@@ -4,7 +4,7 @@ Classes are supervised by each head's own matching, boxes and edges of all heads
 denoising queries by the box they were made from.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from dfine.losses.golsd import ddf, kl_of_edges, union
 from dfine.losses.matcher import match
 from dfine.model.denoising import denoising_matches
 from dfine.model.fdr import encode
-from dfine.structures import DFineOutput, Matches, Prediction, Refinement, Target
+from dfine.structures import DFineOutput, Matches, Prediction, Refinement, Target, send
 
 
 class Truth(NamedTuple):
@@ -61,16 +61,18 @@ def criterion(output: DFineOutput, targets: list[Target], w: Tensor, config: Los
     fixed = denoising_matches(targets, groups)
 
     unmatched, noise_unmatched = pages * queries - len(pairs.query), pages * slots - len(fixed.query)
-    counts = [len(truth.labels), len(pairs.query), unmatched, len(fixed.query), noise_unmatched]
-    total = distributed.sum_over_processes(torch.tensor(counts, device=device, dtype=w.dtype))
+    counts = torch.tensor([len(truth.labels), len(pairs.query), unmatched, len(fixed.query), noise_unmatched])
+    columns: list[Any] = [counts, *own, *pairs[1:], *fixed[1:]]
+    counts, *indices = send(columns, device)
+    own, pairs, fixed = Matches(*indices[:4]), Matches(None, *indices[4:7]), Matches(None, *indices[7:])
+    total = distributed.sum_over_processes(counts.to(w.dtype))
     share = total.clamp(min=1) / distributed.world_size()
     normalisers = Normalisers(share[0], share[1], share[1:3], total[1:3])
-    terms = supervise(refined, heads, own.to(device), pairs.to(device), truth, w, normalisers, config)
+    terms = supervise(refined, heads, own, pairs, truth, w, normalisers, config)
     losses = name(terms, layers, ("", "_initial", "_encoder"))
     if output.denoising is not None:
         heads = stack(output.denoising.refined, output.denoising.initial)
         normalisers = Normalisers(share[0] * groups, share[0] * groups, share[3:5], total[1:3])
-        fixed = fixed.to(device)
         terms = supervise(
             output.denoising.refined, heads, every_head(fixed, layers + 1), fixed, truth, w, normalisers, config
         )

@@ -1,11 +1,14 @@
 """Hungarian matching of all heads at once: one cost tensor, one copy to the CPU."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from dfine import distributed
 from dfine.boxes import iou_and_giou
 from dfine.config import MatcherConfig
 from dfine.structures import Matches, Target
@@ -45,15 +48,21 @@ def match(logits: Tensor, boxes: Tensor, targets: list[Target], config: MatcherC
     truth = pad_sequence([target.boxes for target in targets], batch_first=True, padding_value=1)  # (B, T, 4)
     shape = (len(logits), *labels.shape)
     costs = matching_cost(logits, boxes, labels.expand(shape), truth.expand(*shape, 4), config).cpu().numpy()
-    pairs: list[tuple[np.ndarray, ...]] = []
-    first = 0
-    for i, target in enumerate(targets):
-        count = max(1, len(target.labels))
-        for head, cost in enumerate(costs[:, i, :, : len(target.labels)]):
+    first = np.cumsum([0] + [len(target.labels) for target in targets])
+
+    def assign(i: int) -> list[tuple[np.ndarray, ...]]:
+        """Page i's pairs in every head: head, page, query and box."""
+        count = len(targets[i].labels)
+        pairs: list[tuple[np.ndarray, ...]] = []
+        for head, cost in enumerate(costs[:, i, :, :count]):
             if not np.isfinite(cost).all():
-                raise FloatingPointError(f"matching cost of head {head} is not finite on image {target.image_id}")
-            copies = max(1, min(last_copies, len(cost) // count)) if head == len(costs) - 1 else 1
+                raise FloatingPointError(f"matching cost of head {head} is not finite on image {targets[i].image_id}")
+            copies = max(1, min(last_copies, len(cost) // max(1, count))) if head == len(costs) - 1 else 1
             query, box = linear_sum_assignment(np.tile(cost, copies))
-            pairs.append((np.full_like(query, head), np.full_like(query, i), query, box % count + first))
-        first += len(target.labels)
-    return Matches(*(torch.from_numpy(np.concatenate(column)) for column in zip(*pairs, strict=True)))
+            pairs.append((np.full_like(query, head), np.full_like(query, i), query, box % max(1, count) + first[i]))
+        return pairs
+
+    with ThreadPoolExecutor(distributed.cores()) as pool:  # scipy works on several pages at once
+        pages = list(pool.map(assign, range(len(targets))))
+    columns = zip(*(pair for page in pages for pair in page), strict=True)
+    return Matches(*(torch.from_numpy(np.concatenate(column)) for column in columns))

@@ -5,7 +5,7 @@ from collections import Counter
 from typing import Any
 
 import timm
-from timm.layers import Format
+from timm.layers import Format, is_fast_norm, set_fast_norm
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -88,10 +88,14 @@ class ConvNormTracer(fx.Tracer):
 def _create(config: BackboneConfig, **kwargs: Any) -> Any:
     if config.weights:
         kwargs["pretrained_cfg_overlay"] = {"file": config.weights}
+    others = is_fast_norm()
+    set_fast_norm()  # under autocast timm's layer norms read and write bf16, and compute in fp32 all the same
     try:
         return timm.create_model(config.name, pretrained=config.pretrained, features_only=True, **kwargs)
     except Exception as error:
         raise ConfigError(_advice(config, error)) from error
+    finally:
+        set_fast_norm(others)  # as it was for models other than this one
 
 
 def _advice(config: BackboneConfig, error: Exception) -> str:

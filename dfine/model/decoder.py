@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from dfine.boxes import full_precision, logit
 from dfine.config import DecoderConfig
-from dfine.model.deformable_attention import DeformableAttention
+from dfine.model.deformable_attention import DeformableAttention, readable
 from dfine.model.fdr import LQE, FullPrecision, decode, expectation, mlp, weighting_function, xavier, zero_last
 from dfine.structures import Prediction, Refinement
 
@@ -132,6 +132,7 @@ class Decoder(nn.Module):
         Returns:
             All layers (or the last), and the plain head of layer 1 (or None).
         """
+        memory = readable(memory)
         start, previous, edge_logits = reference, torch.zeros_like(x), 0
         initial, logits, boxes, edges = None, [], [], []
         for i, layer in enumerate(self.layers):

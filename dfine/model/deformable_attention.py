@@ -30,6 +30,17 @@ def deformable_attention(
     return read(value, shapes, locations, weights.to(value.dtype), points)
 
 
+def readable(memory: Tensor) -> Tensor:
+    """The memory (B, S, D) as `deformable_attention` reads it; made once, it serves all layers.
+
+    In fp32, and on a GPU with the cells of a channel side by side, from where `by_grid_sample` need not copy them.
+    """
+    if memory.device.type == "cpu":
+        return full_precision(memory)
+    dtype = torch.promote_types(memory.dtype, torch.float32)
+    return memory.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).contiguous().transpose(1, 2)
+
+
 def by_grid_sample(
     value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor, points: tuple[int, ...]
 ) -> Tensor:
@@ -92,10 +103,11 @@ class WeightedSum(torch.autograd.Function):
         starts = torch.searchsorted(sorted_rows, torch.arange(len(values), dtype=torch.int32), out_int32=True)
         readers, their_shares = order.int() // rows.shape[1], shares.flatten()[order]
         to_values = F.embedding_bag(readers, g, starts, mode="sum", per_sample_weights=their_shares)
-        with torch.enable_grad():  # the gradient of the shares is torch's own
-            shares = shares.detach().requires_grad_()
-            sums = F.embedding_bag(rows, values, mode="sum", per_sample_weights=shares)
-        return to_values, None, torch.autograd.grad(sums, shares, g)[0]
+        sums = torch.arange(len(rows), dtype=torch.int32)
+        to_shares = torch.ops.aten._embedding_bag_per_sample_weights_backward(  # as torch's own embedding bag
+            g, values, rows.flatten(), sums * rows.shape[1], sums.repeat_interleave(rows.shape[1]), mode=0
+        )
+        return to_values, None, to_shares.view_as(shares)
 
 
 def between_cells(location: Tensor, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:

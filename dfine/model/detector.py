@@ -113,20 +113,20 @@ class DFine(nn.Module):
         """`encode`, each page on the canvas that it has when it is alone: what else is in the batch does not matter."""
         if sizes is None:
             return self.encode(images, None)
-        last, (height, width) = self.strides[-1], images.shape[-2:]
+        last, (height, width), sizes = self.strides[-1], images.shape[-2:], sizes.cpu()
         groups: dict[tuple[int, int], list[int]] = {}
         for i, (h, w) in enumerate(((sizes + last - 1) // last * last).tolist()):
             groups.setdefault((h, w), []).append(i)
         if list(groups) == [(height, width)]:
             return self.encode(images, sizes)
-        parts = []
+        alone: dict[int, tuple[Tensor, ...]] = {}  # the maps of each page
         for (h, w), pages in groups.items():
-            own = self.encode(images[pages, :, :h, :w], sizes[pages])
-            parts.append(
-                [F.pad(x, (0, (width - w) // s, 0, (height - h) // s)) for x, s in zip(own, self.strides, strict=True)]
-            )
-        back = torch.tensor([i for pages in groups.values() for i in pages], device=images.device).argsort()
-        return [torch.cat(level)[back] for level in zip(*parts, strict=True)]
+            own = self.encode(torch.stack([images[i, :, :h, :w] for i in pages]), sizes[pages])
+            own = [
+                F.pad(x, (0, (width - w) // s, 0, (height - h) // s)) for x, s in zip(own, self.strides, strict=True)
+            ]
+            alone |= zip(pages, zip(*own, strict=True), strict=True)
+        return [torch.stack(level) for level in zip(*(alone[i] for i in range(len(images))), strict=True)]
 
     def deploy(self, fast: bool = False) -> "DFine":
         """Makes the model faster, for use only: after this it can be neither trained nor saved.
@@ -265,10 +265,15 @@ def detect(output: DFineOutput, sizes: list[tuple[int, int]], top: int = 300) ->
 
     Args:
         sizes: original height, width of each page in pixels.
+    Returns:
+        For each page, on the CPU: all pages come there in one copy.
     """
     logits, boxes = output.refined.logits[-1], output.refined.boxes[-1]  # (B, Q, C), (B, Q, 4)
     classes = logits.shape[-1]
     scores, best = logits.flatten(1).sigmoid().topk(min(top, logits[0].numel()))  # (B, K)
     boxes = cxcywh_to_xyxy(gather(boxes, best // classes)).clamp(0, 1)  # (B, K, 4)
-    scale = torch.tensor([[w, h, w, h] for h, w in sizes], device=boxes.device, dtype=boxes.dtype)
-    return [Detections(*page) for page in zip(scores, best % classes, boxes * scale[:, None], strict=True)]
+    found = torch.cat([scores[..., None], (best % classes)[..., None], boxes], dim=-1).cpu()  # (B, K, 6)
+    return [
+        Detections(page[:, 0], page[:, 1].long(), page[:, 2:] * page.new_tensor([w, h, w, h]))
+        for page, (h, w) in zip(found, sizes, strict=True)
+    ]

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +13,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dfine import distributed
+from dfine.checkpoints.ours import bare_model, initialise
 from dfine.config import Config, ConfigError, TrainConfig
-from dfine.data.batches import TrainBatches
+from dfine.data.batches import TrainBatches, WorkerError
 from dfine.data.sources import Source
 from dfine.data.transforms import PageError
+from dfine.distributed import say
 from dfine.model.detector import DFine
 from dfine.structures import Batch
 from dfine.training import optim
@@ -45,22 +48,46 @@ def describe(train: Source, val: Source) -> str:
     return f"train: {train.summary()}\nval: {val.summary()}\nlabels: {labels}"
 
 
-def parallel(model: DFine, config: TrainConfig, device: torch.device) -> nn.Module:
-    """The model as every process trains it: gradients are averaged over the processes."""
-    replica: nn.Module = model
-    if distributed.world_size() > 1:
-        if device.type == "cuda":
-            convert_sync_batchnorm(model)  # timm's: torch's drops the activations inside timm's batch norms
-        replica = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+def build(config: Config, categories: list[dict[str, Any]], device: torch.device, resumed: bool) -> DFine:
+    """The model as the run starts with it.
+
+    Args:
+        resumed: all weights are in the run folder, and neither `model.init_from` nor timm's are looked for.
+    """
+    if resumed:
+        model = bare_model(config, categories)
+    else:
+        model = DFine(config.model, len(categories))
+        if config.model.init_from:
+            say(initialise(model, config.model.init_from, categories))
+    return model.to(device).to(memory_format=torch.channels_last)  # convolutions are faster so
+
+
+# Batch norms of fewer pages a process take their statistics over all processes: from 16 on a batch norm loses nothing
+# with a process's own (arXiv 1803.08494, table 2), and the exchange, twice for each, is most of all communication.
+ENOUGH_PAGES = 16
+
+
+def parallel(model: DFine, config: TrainConfig, device: torch.device, pages: int = 1) -> nn.Module:
+    """The model as every process trains it: gradients are averaged over the processes.
+
+    Args:
+        pages: in a batch of one process.
+    """
     if config.compile:
-        replica.compile(dynamic=True)
-    return replica
+        model.compile_parts()
+    if distributed.world_size() == 1:
+        return model
+    if device.type == "cuda" and pages < ENOUGH_PAGES:
+        convert_sync_batchnorm(model)  # timm's: torch's drops the activations inside timm's batch norms
+    devices = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
 
 def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
     """bf16 as configured for this device; what needs more (boxes, softmax, losses) raises itself to fp32."""
-    cpu = torch.cpu.get_capabilities()  # without such instructions bf16 is slower than fp32
-    multiplies = cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
+    # Without such instructions bf16 is slower than fp32. (What mkldnn calls support is AVX-512 without them, too.)
+    multiplies = torch.cpu._is_avx512_bf16_supported()  # so do CPUs with amx_bf16
     enabled = config.bf16 if device.type == "cuda" else config.bf16_cpu and multiplies
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
@@ -78,6 +105,7 @@ def train_epoch(run: Run, loader: DataLoader[Batch], sampler: TrainBatches, loss
     Raises:
         FloatingPointError: a loss or the gradient is not finite; names term, step and image ids. Nothing is saved.
         PageError: a page cannot be read; names it. Raised after a yield, at which the run is saved.
+        WorkerError: a process that loads pages is gone. Likewise.
     """
     if run.evaluation_due:
         yield run.step
@@ -96,7 +124,9 @@ def train_epoch(run: Run, loader: DataLoader[Batch], sampler: TrainBatches, loss
             if run.interrupted:
                 yield run.step
                 if failure is not None:
-                    raise PageError(f"{failure}; stopped at step {run.step}, go on with --resume once it is mended")
+                    cause = f"{failure}; stopped at step {run.step}, go on with --resume once it is mended"
+                    raise type(failure)(cause) from failure
+                say(f"told to stop; saved at step {run.step}, go on with --resume")
                 return
             torch.manual_seed(step_seed(config.seed, run.step))
             values = optimize(run, [batch.to(run.device) for batch in trained], losses_of)
@@ -114,11 +144,11 @@ def train_epoch(run: Run, loader: DataLoader[Batch], sampler: TrainBatches, loss
             yield run.step
 
 
-def fetch(batches: Iterator[Batch], count: int) -> tuple[list[Batch], PageError | None]:
+def fetch(batches: Iterator[Batch], count: int) -> tuple[list[Batch], PageError | WorkerError | None]:
     """The next batches, or why there are none: other processes must hear of it before this one stops."""
     try:
         return [next(batches) for _ in range(count)], None
-    except PageError as error:
+    except (PageError, WorkerError) as error:
         return [], error
 
 

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from dfine.inference.pictures import grid
 from dfine.model.detector import DFine
 from dfine.structures import Batch
 from dfine.training import optim
+from dfine.training.lock import lock
 
 
 class Run:
@@ -36,6 +38,7 @@ class Run:
     """
 
     LOG_EVERY = 10  # steps between points in TensorBoard
+    REPEATS = 5.0  # seconds in which another Ctrl-C is taken for the first one, passed on
 
     def __init__(
         self, config: Config, categories: list[dict[str, Any]], model: DFine, device: torch.device, epoch_steps: int
@@ -48,6 +51,7 @@ class Run:
         self.epoch_steps, self.step = epoch_steps, 0
         self.saved, self.evaluated, self.best = 0, 0, -1.0  # the last steps that were; the highest AP
         self.signalled, self.interrupted = False, False  # in this process; as agreed by all
+        self.ctrl_c: float | None = None  # when the first one came
         self.since_evaluation: list[dict[str, float]] = []
         self.board: SummaryWriter | None = None
 
@@ -77,15 +81,15 @@ class Run:
         return self.step % (every or self.epoch_steps) == 0 or self.step >= self.last_step
 
     def open(self, resume: bool) -> None:
-        """Makes the folder and takes up the last saved step if there is one.
+        """Makes and locks the folder, and takes up the last saved step if there is one.
 
         Raises:
-            ConfigError: the folder holds a run and `resume` is not set, or that run was of another shape.
+            ConfigError: see `resumes`; or another process has the folder, it cannot be written to, a file in it is
+                broken, or the run in it was of another shape.
         """
+        distributed.on_main(self.enter)
         last, previous = self.folder / "last.pt", self.folder / "previous.pt"
-        if not resume and (last.exists() or previous.exists()):
-            raise ConfigError(f"run_dir: {self.folder} holds a run; go on with it by --resume, or name another run_dir")
-        if last.exists() or previous.exists():
+        if resumes(self.config, resume):
             try:
                 self.load(last)
             except CheckpointError as error:
@@ -96,27 +100,47 @@ class Run:
             say(f"resumed {self.folder} at step {self.step} of {self.last_step}")
         if len(set(distributed.gather(self.step))) > 1:
             raise ConfigError(f"run_dir: not every process finds the run in {self.folder}; all machines must share it")
+        self.evaluated, self.best = distributed.on_main(self.recall_evaluations)
         if distributed.is_main():
-            self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(yaml.safe_dump(configs.to_dict(self.config), sort_keys=False))
-            self.recall_evaluations()
             self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
-        self.evaluated, self.best = distributed.gather((self.evaluated, self.best))[0]
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.interrupt)
 
+    def enter(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(self.folder)  # kept: it ends with the file
+        except OSError as error:
+            raise ConfigError(f"run_dir: cannot write to {self.folder} ({error.strerror})") from error
+
     def interrupt(self, number: int, _: Any) -> None:
-        """Ends the run after this step; the second signal ends it at once."""
+        """Ends the run after this step; a second Ctrl-C, some seconds after the first, ends it at once.
+
+        A signal may come more than once: job schedulers signal every process, and torchrun passes its own on.
+        """
         self.signalled = True
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            self.ctrl_c = self.ctrl_c or now
+            if now - self.ctrl_c > self.REPEATS:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
 
     def load(self, path: Path) -> None:
         """Takes up a saved step.
 
         Raises:
-            CheckpointError: missing or truncated. ConfigError: of a run of another shape.
+            CheckpointError: missing or damaged. ConfigError: of a run of another shape, or no run's.
         """
         content = ours.read(path)
+        theirs = ours.settings_of(path, content)
+        if "optimizer" not in content:
+            raise ConfigError(
+                f"{path}: holds weights alone, as best.pt does, from which a run cannot go on: remove it to go on from "
+                f"previous.pt, or start another run with model.init_from={path}"
+            )
+        ours.require(path, content, SAVED)
         if content["epoch_steps"] != self.epoch_steps:
             raise ConfigError(
                 f"{path}: had {content['epoch_steps']} steps an epoch, now {self.epoch_steps}: resume with the same "
@@ -124,15 +148,21 @@ class Run:
             )
         if [c["name"] for c in content["categories"]] != [c["name"] for c in self.categories]:
             raise ConfigError(f"{path}: has other categories than data.train.annotations")
-        wrong = ours.misfit(self.model, content["model"])
+        changed = changes(configs.to_dict(theirs)["model"], configs.to_dict(self.config)["model"], "model")
+        if changed:
+            raise ConfigError(f"{path}: {'; '.join(changed)}: a run keeps its model; resume it with the same")
+        wrong = ours.misfit(self.model, content["model"]) or ours.misfit(self.ema.module, content["ema"])
         if wrong:
-            raise ConfigError(f"{path}: does not fit the model of this config at {wrong}")
+            raise CheckpointError(f"{path}: does not fit the model of its own config at {wrong}")
+        if (theirs.train.muon_factor > 0) != (self.config.train.muon_factor > 0):
+            raise ConfigError(f"{path}: train.muon_factor: a run cannot change between AdamW and Muon")
         self.model.load_state_dict(content["model"])
         self.ema.module.load_state_dict(content["ema"])
-        if (content["config"]["train"]["muon_factor"] > 0) != (self.config.train.muon_factor > 0):
-            raise ConfigError(f"{path}: train.muon_factor: a run cannot change between AdamW and Muon")
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(content["optimizer"])
+        try:
+            self.optimizer.load_state_dict(content["optimizer"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path}: the optimizer's state does not fit this model ({error})") from error
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(own)  # weight decay and the like are this config's, not the saved ones
         self.step = self.saved = content["step"]
@@ -140,23 +170,23 @@ class Run:
 
     def save(self) -> None:
         """Writes last.pt; the one before it stays as previous.pt."""
-        if distributed.is_main():
-            last = self.folder / "last.pt"
-            content = ours.weights(self.config, self.categories, self.ema.module) | {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "step": self.step,
-                "epoch_steps": self.epoch_steps,
-                "since_evaluation": self.since_evaluation,
-            }
-            ours.save(last, content, keep=self.folder / "previous.pt")
+        distributed.on_main(self.write)
+        self.saved = self.step
+
+    def write(self) -> None:
+        content = ours.weights(self.config, self.categories, self.ema.module) | {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "epoch_steps": self.epoch_steps,
+            "since_evaluation": self.since_evaluation,
+        }
+        ours.save(self.folder / "last.pt", content, keep=self.folder / "previous.pt")
         if self.board:
             self.board.flush()
-        self.saved = self.step
-        distributed.barrier()
 
     def evaluate(self, batches: DataLoader[Batch], pages: Source) -> None:
-        """Measures the averaged model; writes TensorBoard, a picture, best.pt if it is the best, and metrics.jsonl.
+        """Measures the averaged model; writes TensorBoard, a picture, best.pt if none was better, and metrics.jsonl.
 
         Told to stop, it gives up and leaves the evaluation to the resumed run.
         """
@@ -166,18 +196,27 @@ class Run:
         except Stopped:
             self.interrupted = True
             return
-        average = metrics["AP"] or 0.0  # None: no boxes to find
-        better, self.best, self.evaluated = average > self.best, max(average, self.best), self.step
-        if self.board is None:
-            return
+        distributed.on_main(lambda: self.record(metrics, pages))
+        self.evaluated, self.best = self.step, max(self.best, metrics["AP"] or 0.0)
+
+    def record(self, metrics: dict[str, Any], pages: Source) -> None:
+        """Writes down an evaluation.
+
+        Raises:
+            ConfigError: the folder cannot be written to. CheckpointError: nor can best.pt.
+        """
         say(f"step {self.step}\n{table(metrics)}")
-        steps, self.since_evaluation = self.since_evaluation, []
-        line = {"step": self.step, "epoch": self.step / self.epoch_steps, **metrics, "train": summary(steps)}
-        self.draw(metrics, steps, pages)
-        if better:
-            ours.save(self.folder / "best.pt", ours.weights(self.config, self.categories, self.ema.module))
-        with (self.folder / "metrics.jsonl").open("a") as file:  # the last thing: this line says that all is done
-            file.write(json.dumps(line) + "\n")
+        line = {"step": self.step, "epoch": self.step / self.epoch_steps, **metrics}
+        line["train"] = summary(self.since_evaluation)
+        try:
+            self.draw(metrics, self.since_evaluation, pages)
+            if (metrics["AP"] or 0.0) >= self.best:  # None: no boxes to find. With nothing to compare, the newest wins
+                ours.save(self.folder / "best.pt", ours.weights(self.config, self.categories, self.ema.module))
+            with (self.folder / "metrics.jsonl").open("a") as file:  # the last thing: this line says that all is done
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise ConfigError(f"run_dir: cannot write to {self.folder} ({error.strerror})") from error
+        self.since_evaluation = []
 
     def draw(self, metrics: dict[str, Any], steps: list[dict[str, float]], pages: Source) -> None:
         """An evaluation for people: scalars, a histogram and a picture."""
@@ -196,27 +235,83 @@ class Run:
         (self.folder / "pictures").mkdir(exist_ok=True)
         Image.fromarray(picture).save(self.folder / "pictures" / f"step_{self.step:07d}.png")
 
-    def recall_evaluations(self) -> None:
-        """Takes up what metrics.jsonl says; drops its lines after the resumed step: they will be written again."""
+    def recall_evaluations(self) -> tuple[int, float]:
+        """The last evaluated step and the highest AP, by metrics.jsonl.
+
+        Drops its lines after the resumed step: they will be written again.
+
+        Raises:
+            ConfigError: a line is broken; names file and line.
+        """
         path = self.folder / "metrics.jsonl"
         if not path.exists():
-            return
-        whole = path.read_text().rpartition("\n")[0].splitlines()  # on a full disk a line may have been cut short
-        lines = [line for line in map(json.loads, whole) if line["step"] <= self.step]
+            return self.evaluated, self.best
+        whole = path.read_bytes().rpartition(b"\n")[0].splitlines()  # on a full disk a line may have been cut short
+        lines = [evaluation(text, f"{path}: line {number}") for number, text in enumerate(whole, start=1)]
+        lines = [line for line in lines if line["step"] <= self.step]
         beside = path.with_name("metrics.jsonl.writing")
         beside.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         beside.replace(path)
-        if lines:
-            self.evaluated = lines[-1]["step"]
-            self.best = max(line["AP"] or 0.0 for line in lines)
-        if self.evaluated == self.step:
+        if not lines:
+            return self.evaluated, self.best
+        if lines[-1]["step"] == self.step:
             self.since_evaluation = []
+        return lines[-1]["step"], max(line["AP"] or 0.0 for line in lines)
+
+
+# What last.pt holds beside weights for use.
+SAVED = {"model": dict, "optimizer": dict, "step": int, "epoch_steps": int, "since_evaluation": list}
+
+# Of the model's settings, what a resumed run may change: none of it says what the weights mean.
+MAY_CHANGE = (
+    "model.backbone.pretrained",
+    "model.backbone.weights",
+    "model.backbone.checkpointing",
+    "model.decoder.queries",
+    "model.denoising.",
+    "model.init_from",
+)
+
+
+def resumes(config: Config, resume: bool) -> bool:
+    """Whether there is a run in the run folder to go on with. It needs no other weights then.
+
+    Raises:
+        ConfigError: there is one, and `resume` does not ask for it.
+    """
+    folder = Path(config.run_dir)
+    found = (folder / "last.pt").exists() or (folder / "previous.pt").exists()
+    if found and not resume:
+        raise ConfigError(f"run_dir: {folder} holds a run; go on with it by --resume, or name another run_dir")
+    return found
+
+
+def changes(before: Any, now: Any, key: str) -> list[str]:
+    """What differs between two nested mappings of the same keys and may not, for people."""
+    if isinstance(before, dict):
+        return [line for name in before for line in changes(before[name], now[name], f"{key}.{name}")]
+    return [] if before == now or key.startswith(MAY_CHANGE) else [f"{key} was {before}, now {now}"]
+
+
+def evaluation(text: bytes, where: str) -> dict[str, Any]:
+    """A line of metrics.jsonl. Raises ConfigError: it is none."""
+    try:
+        line = json.loads(text)
+        if isinstance(line["step"], int) and isinstance(line["AP"], float | int | None):
+            return line
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ConfigError(f"{where}: not an evaluation: mend or delete this line")
 
 
 def summary(steps: list[dict[str, float]]) -> dict[str, Any]:
-    """The means of all values, and how the gradient norms were spread."""
+    """The means of all values, and how the gradient norms were spread.
+
+    A resumed run may have other loss terms: each term's mean is over the steps that had it.
+    """
     if not steps:
         return {}
     counts, edges = np.histogram([step["gradient_norm"] for step in steps], bins=20)
-    means: dict[str, Any] = {key: float(np.mean([step[key] for step in steps])) for key in steps[0]}
+    names = dict.fromkeys(name for step in steps for name in step)
+    means: dict[str, Any] = {name: float(np.mean([s[name] for s in steps if name in s])) for name in names}
     return means | {"gradient_norm_histogram": {"counts": counts.tolist(), "edges": edges.tolist()}}

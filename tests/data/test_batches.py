@@ -1,5 +1,6 @@
 """Which pages share a batch, how large they are, and that nothing depends on who loads them."""
 
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ import pytest
 import torch
 from coco_folder import annotation, image, write
 from PIL import Image
+from processes import gone, launch
 
 from dfine import distributed
-from dfine.config import Config, DataConfig, TrainConfig
+from dfine.config import AugmentConfig, Config, DataConfig, TrainConfig
 from dfine.data.batches import PageKey, TrainBatches, evaluation_batches, evaluation_loader, train_loader
 from dfine.data.sources import CocoPages
 from dfine.data.transforms import canvas_of, fit
@@ -135,3 +137,27 @@ def test_a_batch_lays_pages_in_the_upper_left_corner_and_says_how_large_they_are
     for page, (height, width) in zip(batch.images, batch.sizes.tolist(), strict=True):
         assert (page[:, :height, :width] == 255).all()
         assert page.sum() == 255 * 3 * height * width
+
+
+def reads_one_batch_and_waits(folder: Path) -> None:
+    """Batches of so many pages that what the worker says of the next one fills its pipe."""
+    source = CocoPages(*write(folder, [image(1, 32, 32)], []))
+    unchanged = AugmentConfig(**{field: 0.0 for field in vars(AugmentConfig()) if field.endswith("_p")})
+    data = DataConfig(batch_size=1000, workers=1, short_edges=(32,), eval_short_edge=32, augment=unchanged)
+    loader, _ = train_loader(source, Config(data=data, train=TrainConfig(accumulate=3)))
+    batches = iter(loader)
+    next(batches)
+    (folder / "read").touch()
+    time.sleep(100)
+
+
+def test_workers_end_with_their_process_even_in_the_middle_of_a_batch(tmp_path: Path) -> None:
+    (process,) = launch(reads_one_batch_and_waits, tmp_path, count=1)
+    while not (tmp_path / "read").exists():
+        assert process.is_alive()
+        time.sleep(0.1)
+    time.sleep(2)  # for the worker to get stuck
+    process.kill()
+    process.join()
+    assert process.pid is not None
+    assert gone(process.pid)

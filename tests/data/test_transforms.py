@@ -1,11 +1,12 @@
 """From a file to pixels: pages look as on white paper, and boxes stay on what they enclose."""
 
+import struct
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin, features
 
 from dfine.config import AugmentConfig
 from dfine.data.transforms import PageError, augment, augmentation, canvas_of, fit, pad, read_page, resize
@@ -133,6 +134,42 @@ def test_the_exif_rotation_is_applied(tmp_path: Path, orientation: int) -> None:
     exif[0x0112] = orientation
     (upright if how is None else upright.transpose(how)).save(tmp_path / "page.png", exif=exif)
     assert (read_page(tmp_path / "page.png")[..., 0] == np.asarray(upright)).all()
+
+
+def exif_block(*entries: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF of one directory; an entry is tag, type, count and four bytes of value."""
+    directory = b"".join(struct.pack("<HHI4s", *entry) for entry in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + directory + bytes(4)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_a_page_turns_whatever_else_its_exif_says(tmp_path: Path, suffix: str) -> None:
+    resolution_as_text = (0x011A, 2, 3, b"72\0\0")
+    exif = exif_block((0x0112, 3, 1, bytes([6, 0, 0, 0])), resolution_as_text)
+    Image.fromarray(striped()).convert("RGB").save(tmp_path / f"page.{suffix}", exif=exif)
+    page = read_page(tmp_path / f"page.{suffix}")
+    assert page.shape == (8, 6, 3)
+    assert page[:, -1].max() < 20  # black was above and is on the right
+
+
+def test_a_page_whose_exif_cannot_be_read_stays_as_it_lies(tmp_path: Path) -> None:
+    broken = PngImagePlugin.PngInfo()
+    broken.add_text("Raw profile type exif", "\nexif\n  4\nzz")
+    Image.fromarray(striped()).save(tmp_path / "page.png", pnginfo=broken)
+    assert (read_page(tmp_path / "page.png") == striped()[..., None]).all()
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_an_error_that_is_not_pillows_own_names_the_file_too(tmp_path: Path) -> None:
+    path = tmp_path / "page.avif"
+    Image.fromarray(striped()).convert("RGB").save(path)
+    main_item = b"pitm" + bytes(5)  # and then its number, which is 1
+    assert main_item in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(main_item + b"\1", main_item + b"\7"))
+    with pytest.raises(RuntimeError), Image.open(path):
+        pass
+    with pytest.raises(PageError, match=r"page\.avif: cannot read the image: .*item"):
+        read_page(path)
 
 
 def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:

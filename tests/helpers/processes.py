@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
+import signal
 import socket
+import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 
@@ -33,6 +35,19 @@ def ends(processes: list[ForkServerProcess]) -> list[int | None]:
     for process in processes:
         process.kill()
     return codes
+
+
+def gone(group: int, seconds: float = 20) -> bool:
+    """Whether all processes of a process group end by themselves; ends those that do not."""
+    until = time.monotonic() + seconds
+    try:
+        while time.monotonic() < until:
+            os.killpg(group, 0)
+            time.sleep(0.1)
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        return True
+    return False
 
 
 def _as_rank(rank: int, count: int, port: int, function: Callable[..., object], arguments: tuple[object, ...]) -> None:

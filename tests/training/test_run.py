@@ -1,24 +1,30 @@
 """What a run saves: nothing is lost or hidden when it is interrupted."""
 
+import multiprocessing
 import os
 import re
+import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
+import timm
 import torch
-from processes import ends, launch
+from processes import ends, gone, launch
 from scripts import evaluations, pages, same, state, train
 
 from dfine import distributed
 from dfine.checkpoints import ours
 from dfine.config import ConfigError, DataConfig
-from dfine.data.batches import TrainBatches
+from dfine.data.batches import TrainBatches, WorkerError
 from dfine.data.transforms import PageError
 from dfine.inference import evaluation
 from dfine.training import engine
+from dfine.training import run as run_module
+from dfine.training.lock import lock
 from dfine.training.run import Run
 
 
@@ -86,6 +92,49 @@ def signalled_in_step(step: int, number: signal.Signals, rank: int) -> None:
     engine.optimize = optimize
 
 
+def signalled_and_again_while_saving(numbers: tuple[signal.Signals, ...]) -> None:
+    """As job schedulers and torchrun do, who each pass a signal on."""
+    signalled_in_step(2, numbers[0], 0)
+    whole = torch.save
+
+    def save(content: dict, file: BinaryIO) -> None:
+        for number in numbers if content.get("step") == 2 else ():
+            os.kill(os.getpid(), number)
+        whole(content, file)
+
+    torch.save = save
+
+
+def told_twice_to_stop() -> None:
+    """By two Ctrl-C in the same step, deliberately."""
+    whole, Run.REPEATS = engine.optimize, 0.1
+
+    def optimize(run: Run, *arguments: Any) -> dict[str, float]:
+        for _ in range(2 if run.step == 1 else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.2)
+        return whole(run, *arguments)
+
+    engine.optimize = optimize
+
+
+def losing_a_worker(step: int, rank: int) -> None:
+    whole = engine.optimize
+
+    def optimize(run: Run, *arguments: Any) -> dict[str, float]:
+        if run.step == step - 1 and distributed.rank() == rank:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+                worker.join()
+        return whole(run, *arguments)
+
+    engine.optimize = optimize
+
+
+def nothing() -> None:
+    """Nothing happens."""
+
+
 def stopped(config: Path, run: Path, own: tuple[str, ...], stop: Callable[..., None], *how: object) -> None:
     """train.py as one process that something happens to."""
     stop(*how)
@@ -135,13 +184,202 @@ def test_a_killed_run_goes_on_from_the_last_saved_step(config: Path, uninterrupt
     assert evaluations(tmp_path) == evaluations(uninterrupted)
 
 
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM,) * 2, (signal.SIGINT,) * 3, (signal.SIGINT, signal.SIGTERM)])
+def test_a_signal_that_comes_again_does_not_cut_the_saving_short(
+    config: Path, tmp_path: Path, numbers: tuple[signal.Signals, ...]
+) -> None:
+    own = ("train.save_every=0",)
+    (process,) = launch(stopped, config, tmp_path, own, signalled_and_again_while_saving, numbers, count=1)
+    assert ends([process]) == [0]
+    assert state(tmp_path)["step"] == 2
+
+
+def test_a_second_ctrl_c_some_seconds_later_ends_a_run_at_once(config: Path, tmp_path: Path) -> None:
+    assert ends(launch(stopped, config, tmp_path, (), told_twice_to_stop, count=1)) == [-signal.SIGINT]
+    assert state(tmp_path)["step"] == 1
+
+
+@pytest.mark.parametrize("step", [2, 4], ids=["in mid epoch", "in the last step of an epoch"])
+def test_a_run_that_loses_a_worker_is_saved_and_says_so(config: Path, tmp_path: Path, step: int) -> None:
+    own = ("data.batch_size=1", "data.workers=1", "train.save_every=0")
+    processes = launch(failing, tmp_path / "error", config, tmp_path / "run", own, losing_a_worker, step, 1)
+    assert ends(processes) == [0, 1]
+    said = (tmp_path / "error").read_text()
+    assert re.fullmatch(r"loading pages failed: .*worker.*; stopped at step \d, go on with --resume .*", said)
+    assert f"step {state(tmp_path / 'run')['step']}," in said
+
+
+# One run at a time
+
+
+def works_in(folder: Path) -> None:
+    """A run that was killed: its worker lives on."""
+    file = lock(folder)
+    if os.fork():
+        (folder / "locked").touch()
+    time.sleep(100)
+    file.close()
+
+
+def test_a_second_run_in_a_folder_is_told_which_process_has_it_and_a_killed_one_leaves_no_lock(
+    config: Path, tmp_path: Path
+) -> None:
+    (process,) = launch(works_in, tmp_path, count=1)
+    while not (tmp_path / "locked").exists():
+        assert process.is_alive()
+        time.sleep(0.1)
+    with pytest.raises(ConfigError, match=rf"run_dir: {tmp_path} is in use by process {process.pid} on .* since 20"):
+        train(config, tmp_path, "train.max_steps=1")
+    assert not (tmp_path / "config.yaml").exists()
+    process.kill()
+    process.join()
+    lock(tmp_path).close()
+    os.killpg(process.pid, signal.SIGKILL)
+
+
+def orphaned(config: Path, run: Path) -> None:
+    """train.py as the child of this process, which takes torchrun's place."""
+    if os.fork() == 0:
+        os.environ["TORCHELASTIC_RUN_ID"] = "any"
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        train(config, run, "train.epochs=100000", "train.eval_every=100000", "data.workers=1")
+        os._exit(0)
+    os.wait()
+
+
+def test_a_run_whose_torchrun_is_killed_saves_and_ends(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (torchrun,) = launch(orphaned, config, run, count=1)
+    while not (run / "last.pt").exists():
+        assert torchrun.is_alive()
+        time.sleep(0.1)
+    torchrun.kill()
+    torchrun.join()
+    assert gone(torchrun.pid)
+    assert state(run)["step"] > 1
+
+
+# What a resumed run needs, and what it refuses
+
+
+def test_a_resumed_run_needs_neither_the_weights_it_started_from_nor_timms(
+    config: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    backbone = timm.create_model("resnet10t", pretrained=False)
+    torch.save(backbone.state_dict(), tmp_path / "timm.pt")
+    (tmp_path / "start.pt").write_bytes((uninterrupted / "best.pt").read_bytes())
+    origin = ["model.backbone.pretrained=true", f"model.backbone.weights={tmp_path / 'timm.pt'}"]
+    origin += [f"model.init_from={tmp_path / 'start.pt'}"]
+    train(config, tmp_path / "run", *origin, "train.max_steps=1")
+    (tmp_path / "timm.pt").unlink()
+    (tmp_path / "start.pt").unlink()
+    train(config, tmp_path / "run", *origin, "train.max_steps=2", "--resume")
+    assert state(tmp_path / "run")["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("model.decoder.a=0.6", r"model\.decoder\.a was 0\.5, now 0\.6"),
+        ("model.decoder.c=0.3", r"model\.decoder\.c was 0\.25, now 0\.3"),
+        ("model.decoder.points=[6, 3, 3]", r"model\.decoder\.points was \[3, 6, 3\], now \[6, 3, 3\]"),
+        ("model.encoder.heads=4", r"model\.encoder\.heads was 8, now 4"),
+        ("model.hidden_dim=64", r"model\.hidden_dim was 32, now 64"),
+    ],
+)
+def test_a_run_does_not_go_on_as_another_model(config: Path, uninterrupted: Path, override: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=rf"last\.pt: {said}: a run keeps its model"):
+        train(config, uninterrupted, "--resume", override)
+
+
+@pytest.fixture
+def finished(uninterrupted: Path, tmp_path: Path) -> Path:
+    """A copy of the uninterrupted run, to be damaged."""
+    return shutil.copytree(uninterrupted, tmp_path / "finished")
+
+
+def refused(config: Path, run: Path) -> str:
+    """How the run is refused."""
+    with pytest.raises((ConfigError, ours.CheckpointError)) as error:
+        train(config, run, "--resume")
+    return str(error.value)
+
+
+@pytest.mark.parametrize("line", ['{"step": 4, "AP"', "[]", '{"AP": 0.5}', '{"step": 4, "AP": "high"}'])
+def test_a_broken_line_of_metrics_is_named(config: Path, finished: Path, line: str) -> None:
+    path = finished / "metrics.jsonl"
+    path.write_text(f"{line}\n{path.read_text()}")
+    assert refused(config, finished) == f"{path}: line 1: not an evaluation: mend or delete this line"
+
+
+def test_best_in_the_place_of_last_is_named_with_what_to_do(config: Path, finished: Path) -> None:
+    shutil.copy(finished / "best.pt", finished / "last.pt")
+    last = finished / "last.pt"
+    assert refused(config, finished) == (
+        f"{last}: holds weights alone, as best.pt does, from which a run cannot go on: remove it to go on from "
+        f"previous.pt, or start another run with model.init_from={last}"
+    )
+    last.unlink()
+    train(config, finished, "--resume")
+
+
+def test_a_checkpoint_of_another_version_is_named_with_what_to_do(config: Path, finished: Path) -> None:
+    content = ours.read(finished / "last.pt")
+    content["config"]["model"]["wheels"] = 4
+    ours.save(finished / "last.pt", content)
+    assert re.match(rf"{finished}/last\.pt: written by another version of dfine \(.*wheels", refused(config, finished))
+    with pytest.raises(ConfigError, match=rf"{finished}/last\.pt: written by another version.*model\.init_from"):
+        ours.load_model(finished / "last.pt")
+
+
+@pytest.mark.parametrize("part", ["since_evaluation", "model", "optimizer state"])
+def test_a_checkpoint_that_lacks_something_is_named_and_the_previous_one_used(
+    config: Path, finished: Path, part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = ours.read(finished / "last.pt")
+    if part == "optimizer state":
+        content["optimizer"]["param_groups"].pop()
+    elif part == "model":
+        content["model"].popitem()
+    else:
+        del content[part]
+    ours.save(finished / "last.pt", content)
+    train(config, finished, "--resume")
+    assert re.search(rf"{finished}/last\.pt: .*{part.split()[0]}.*; going on from", capsys.readouterr().out)
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(config: Path, finished: Path) -> None:
+    path = finished / "best.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ours.CheckpointError, match=rf"{path}: damaged at .*: the checksum does not fit"):
+        ours.load_model(path)
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=rf"run_dir: cannot write to {tmp_path}/file/run \(Not a directory\)"):
+        train(config, tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("metric", [0.0, None], ids=["never finds anything", "nothing to find"])
+def test_with_nothing_to_compare_the_newest_is_the_best(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: float | None
+) -> None:
+    monkeypatch.setattr(run_module, "evaluate", lambda *_: {"AP": metric, "per_class": {}})
+    train(config, tmp_path, "train.max_steps=2", "train.eval_every=1")
+    assert len(evaluations(tmp_path)) == 2
+    assert same(ours.read(tmp_path / "best.pt")["ema"], state(tmp_path)["ema"])
+
+
 def test_a_page_that_cannot_be_read_stops_all_processes_and_loses_nothing(config: Path, tmp_path: Path) -> None:
     own = pages(tmp_path / "pages", empty=(1,))
     order = list(TrainBatches([(110, 90)] * 8, DataConfig(batch_size=2), seed=0, accumulate=1))
     page = Path(own["images"]) / f"{order[2][1].page}.png"  # in the third step, of the second process
     page.write_bytes(page.read_bytes()[:100])
     arguments = (f"data.train.images={own['images']}", "data.batch_size=1", "data.workers=1")
-    assert ends(launch(failing, tmp_path / "error", config, tmp_path / "run", *arguments)) == [0, 1]
+    assert ends(launch(failing, tmp_path / "error", config, tmp_path / "run", arguments, nothing)) == [0, 1]
     assert state(tmp_path / "run")["step"] == 2
     assert re.fullmatch(
         rf"{page}: cannot read the image: .*; stopped at step 2, go on with --resume .*",
@@ -150,10 +388,10 @@ def test_a_page_that_cannot_be_read_stops_all_processes_and_loses_nothing(config
 
 
 def failing(error_file: Path, *arguments: Any) -> None:
-    """train.py, keeping what it stops with."""
+    """`stopped`, keeping what it stops with."""
     try:
-        train(*arguments)
-    except PageError as error:
+        stopped(*arguments)
+    except (PageError, WorkerError) as error:
         error_file.write_text(str(error))
         raise
 
