@@ -56,7 +56,9 @@ def as_json(found: Found, categories: list[dict[str, Any]]) -> list[dict[str, An
 def main() -> int:
     """Returns 1 if a page could not be read, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="best.pt or last.pt of a run")
+    parser.add_argument(
+        "--checkpoint", required=True, help="best.pt of a run, a published folder or file, or a name on the hub"
+    )
     parser.add_argument("pages", nargs="+", type=Path, metavar="PAGE_OR_FOLDER")
     parser.add_argument("--out", required=True, type=Path, help="folder for predictions.json and the pictures")
     parser.add_argument(

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torchvision.ops import nms
 
-from dfine.checkpoints.ours import load_model
+from dfine.checkpoints.loading import load_model
 from dfine.config import DataConfig
 from dfine.data.sources import Source
-from dfine.data.transforms import PageError, as_page, fit, pad, read_page, resize
+from dfine.data.transforms import PageError, as_page, pad, read_page, sized
 from dfine.inference.evaluation import finite
 from dfine.inference.pictures import draw, grid
 from dfine.model.detector import DFine, detect
@@ -87,7 +87,8 @@ def load(checkpoint: str | Path, device: str | torch.device | None = None, fast:
     """A detector from a checkpoint: `detector = dfine.load("runs/quickstart/best.pt")`.
 
     Args:
-        checkpoint: best.pt or last.pt of a run.
+        checkpoint: best.pt or last.pt of a run, a .pth of the original, or published weights: a folder, a file, or a
+            name on the Hugging Face hub such as "docling-project/docling-layout-egret-medium".
         device: such as "cuda"; None: a GPU if there is one.
         fast: half precision, and compiled on a GPU: for many pages (see `DFine.deploy`).
     Raises:
@@ -131,8 +132,7 @@ def predict_pages(
     Raises:
         FloatingPointError: a score or a box is not finite.
     """
-    resized = [resize(page, fit(page.shape[:2], config.eval_short_edge, config.max_long_edge)) for page in pages]
-    images, sizes = pad(resized, model.strides[-1])
+    images, sizes = pad([sized(page, config.eval_short_edge, config) for page in pages], model.strides[-1])
     output = model(images.to(model.mean.device), sizes)
     batch = []
     for found in detect(output, [page.shape[:2] for page in pages]):

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from dfine import config as configs
-from dfine.checkpoints.ours import load_model, load_teacher
+from dfine.checkpoints.loading import load_model, load_teacher
 from dfine.config import Config, ConfigError
 from dfine.data.batches import train_loader
 from dfine.data.sources import open_source
