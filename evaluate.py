@@ -12,20 +12,27 @@ from pathlib import Path
 
 from dfine import config, distributed
 from dfine.checkpoints.loading import load_model
+from dfine.checkpoints.onnx_format import OnnxModel, is_onnx
 from dfine.config import ConfigError
 from dfine.data.batches import evaluation_loader
 from dfine.data.sources import open_source
 from dfine.distributed import say
 from dfine.inference.evaluation import category_ids, coco_metrics, find, table
+from dfine.model.detector import DFine
 from dfine.training import engine
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="best.pt of a run, published weights, or a name on the hub")
+    parser.add_argument("--checkpoint", required=True, help="best.pt of a run, an ONNX file, published weights, or a hub name")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.val.images=pages/test")
     arguments = parser.parse_intermixed_args()
-    model, settings, categories = load_model(arguments.checkpoint)
+    model: DFine | OnnxModel
+    if is_onnx(arguments.checkpoint):
+        model = OnnxModel(arguments.checkpoint)
+        settings, categories = model.config, model.categories
+    else:
+        model, settings, categories = load_model(arguments.checkpoint)
     for text in arguments.overrides:
         if text.startswith(("model", "loss", "distill")):
             raise ConfigError(f"override {text!r}: the model is the checkpoint's; set data, train and run_dir only")
@@ -44,7 +51,9 @@ def main() -> None:
         say(f"left out, since data.val does not have them: {unknown}")
 
     loader = evaluation_loader(pages, settings)
-    detections = find(model.to(device), loader, pages, settings.train.bf16, category_ids=ids)
+    if isinstance(model, DFine):
+        model.to(device)
+    detections = find(model, loader, pages, settings.train.bf16, category_ids=ids)
     if distributed.is_main():
         metrics = coco_metrics(pages.ground_truth(), detections)
         print(table(metrics))

@@ -11,12 +11,13 @@ from PIL import Image
 from torchvision.ops import nms
 
 from dfine.checkpoints.loading import load_model
-from dfine.config import DataConfig
+from dfine.checkpoints.onnx_format import OnnxModel, is_onnx
+from dfine.config import ConfigError, DataConfig
 from dfine.data.sources import Source
 from dfine.data.transforms import PageError, as_page, pad, read_page, sized
-from dfine.inference.evaluation import finite
+from dfine.inference.evaluation import answer, finite
 from dfine.inference.pictures import draw, grid
-from dfine.model.detector import DFine, detect
+from dfine.model.detector import DFine
 from dfine.structures import Detections
 
 Page = str | Path | Image.Image | np.ndarray
@@ -35,12 +36,12 @@ class Detector:
     """A trained model, ready for use: `detector(pages)`.
 
     Attributes:
-        model: in evaluation mode, deployed.
+        model: in evaluation mode, deployed; or an ONNX file.
         data: how the model's pages are sized.
         categories: `id` and `name` of each class, as in the COCO json that the model was trained on.
     """
 
-    def __init__(self, model: DFine, data: DataConfig, categories: list[dict[str, Any]]) -> None:
+    def __init__(self, model: DFine | OnnxModel, data: DataConfig, categories: list[dict[str, Any]]) -> None:
         self.model, self.data, self.categories = model, data, categories
 
     @overload  # a string is one page, although it is iterable
@@ -88,12 +89,18 @@ def load(checkpoint: str | Path, device: str | torch.device | None = None, fast:
 
     Args:
         checkpoint: best.pt or last.pt of a run, a .pth of the original, or published weights: a folder, a file, or a
-            name on the Hugging Face hub such as "docling-project/docling-layout-egret-medium".
+            name on the Hugging Face hub such as "docling-project/docling-layout-egret-medium"; or an ONNX file of
+            `python -m dfine.export`, which runs without torch's model.
         device: such as "cuda"; None: a GPU if there is one.
-        fast: half precision, and compiled on a GPU: for many pages (see `DFine.deploy`).
+        fast: half precision, and compiled on a GPU: for many pages (see `DFine.deploy`). Not of an ONNX file.
     Raises:
-        CheckpointError: not a checkpoint. ConfigError: its config is of another version.
+        CheckpointError: not a checkpoint. ConfigError: its config is of another version, or an ONNX file shall be fast.
     """
+    if is_onnx(checkpoint):
+        if fast:
+            raise ConfigError(f"{checkpoint}: an ONNX file runs in the precision it was exported in, so leave out fast")
+        file = OnnxModel(checkpoint, device)
+        return Detector(file, file.config.data, file.categories)
     model, config, categories = load_model(checkpoint)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Detector(model.deploy(fast), config.data, categories)
@@ -120,7 +127,7 @@ def as_array(page: Page, place: int) -> np.ndarray:
 
 @torch.inference_mode()
 def predict_pages(
-    model: DFine, pages: list[np.ndarray], config: DataConfig, threshold: float = 0.3, dedupe: float = 1.0
+    model: DFine | OnnxModel, pages: list[np.ndarray], config: DataConfig, threshold: float = 0.3, dedupe: float = 1.0
 ) -> list[Detections]:
     """What the model finds on each page of a batch, prepared as in evaluation.
 
@@ -133,9 +140,8 @@ def predict_pages(
         FloatingPointError: a score or a box is not finite.
     """
     images, sizes = pad([sized(page, config.eval_short_edge, config) for page in pages], model.strides[-1])
-    output = model(images.to(model.mean.device), sizes)
     batch = []
-    for found in detect(output, [page.shape[:2] for page in pages]):
+    for found in answer(model, images, sizes, [page.shape[:2] for page in pages]):
         found = finite(found, "the page")
         found = Detections(*(x[found.scores >= threshold] for x in found))
         batch.append(Detections(*(x[nms(found.boxes, found.scores, dedupe)] for x in found)))
