@@ -56,9 +56,8 @@ def main() -> None:
         losses = {name: settings.distill.beta * loss for name, loss in losses.items()}
         if taught:
             w = (model.decoder.w, teacher.decoder.w)
-            losses |= distillation(
-                output.shared, taught.refined, *w, batch.targets, weights, settings.distill, settings.loss.matcher
-            )
+            answers, real = (output.shared, taught.refined, *w), taught.queries.real
+            losses |= distillation(*answers, batch.targets, weights, settings.distill, settings.loss.matcher, real)
         return losses
 
     while not run.done:

@@ -1,14 +1,17 @@
 """COCO metrics of a checkpoint on `data.val`: `python evaluate.py --checkpoint runs/NAME/best.pt [key=value ...]`.
 
-Writes metrics.json and detections.json (COCO results) beside the checkpoint (into it where it is a folder, to runs/NAME
-where it is org/NAME on the hub), or into `run_dir` where that is given. Classes of published weights are those of the
-json that have the same name; what else such weights know is left out.
+For best.pt it writes best.metrics.json and best.detections.json (COCO results), beside the checkpoint (into it where it
+is a folder, to runs/NAME where it is org/NAME on the hub) or into `run_dir` where that is given. The metrics of a run's
+checkpoint are those that the run itself wrote down. Classes of published weights are those of the json that have the
+same name; what else such weights know is left out.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+
+import torch
 
 from dfine import config, distributed
 from dfine.checkpoints.loading import load_model
@@ -24,7 +27,7 @@ from dfine.training import engine
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="best.pt of a run, an ONNX file, published weights, or a hub name")
+    parser.add_argument("--checkpoint", required=True, help="best.pt of a run, an ONNX file, published weights, or org/NAME")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.val.images=pages/test")
     arguments = parser.parse_intermixed_args()
     model: DFine | OnnxModel
@@ -52,15 +55,16 @@ def main() -> None:
 
     loader = evaluation_loader(pages, settings)
     if isinstance(model, DFine):
-        model.to(device)
+        model.to(device).to(memory_format=torch.channels_last)  # as in training: the same numbers to the last digit
     detections = find(model, loader, pages, settings.train.bf16, category_ids=ids)
     if distributed.is_main():
         metrics = coco_metrics(pages.ground_truth(), detections)
         print(table(metrics))
         folder = Path(settings.run_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2))
-        (folder / "detections.json").write_text(json.dumps(detections))
+        name = checkpoint.stem if checkpoint.is_file() else checkpoint.name
+        (folder / f"{name}.metrics.json").write_text(json.dumps(metrics, indent=2))
+        (folder / f"{name}.detections.json").write_text(json.dumps(detections))
     distributed.finish()
 
 

@@ -79,7 +79,7 @@ class DecoderConfig(Section):
 
 
 class DenoisingConfig(Section):
-    queries: Whole = 100  # groups = max(1, queries // most boxes of a page)
+    queries: Whole = 100  # groups = max(1, queries // most boxes of a page); 0: no denoising
     label_noise: Share = 0.25  # share of labels that are drawn anew
     box_noise: NonNegative = 1.0  # positives' corners move by up to this share of half the size, negatives' by 1x to 2x
 

@@ -63,6 +63,7 @@ class Queries(NamedTuple):
 
     cells: Tensor  # (B, Q) int64, places in the memory
     proposal: Tensor  # (B, Q, 4) reference box, detached
+    real: Tensor  # (B, Q) bool: False where a page has fewer cells than there are queries
 
 
 class NoisedTruth(NamedTuple):

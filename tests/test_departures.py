@@ -10,8 +10,9 @@ from tiny import noised, shaken, target, tiny_model
 from torch import Tensor, nn
 
 from dfine import distributed
-from dfine.config import Config, LossConfig, MatcherConfig
+from dfine.config import ClassDistillConfig, Config, DistillConfig, LossConfig, MatcherConfig
 from dfine.losses.criterion import criterion
+from dfine.losses.distillation import active, distillation
 from dfine.losses.golsd import union
 from dfine.losses.matcher import match, matching_cost
 from dfine.model.detector import QuerySelection, detect
@@ -59,6 +60,39 @@ def answer_to(
     """The model's answer to given maps of the encoder."""
     model.backbone = model.encoder = Given(maps)
     return model(torch.zeros(1, 3, *canvas), None if page is None else torch.tensor([page])).refined
+
+
+def test_queries_without_a_cell_do_not_count():
+    """The original fills up with empty cells, which attend, match and are averaged over: a page learns otherwise then.
+
+    A page of 126 cells and 200 queries, alone and on a canvas of more cells.
+    """
+    model = shaken(tiny_model(queries=200))
+    model.encode_apart = model.encode  # the maps are given
+    page, canvas = (64, 96), (96, 160)
+    truth = [target([[0.3, 0.3, 0.2, 0.2], [0.7, 0.6, 0.3, 0.2]], labels=[0, 2])]
+    torch.manual_seed(0)
+    maps = [torch.randn(1, 32, page[0] // stride, page[1] // stride) for stride in (8, 16, 32)]
+    noise, outputs, losses = noised(truth), [], []
+    for size in (page, canvas):
+        model.backbone = model.encoder = Given([padded_map(x, size, s) for x, s in zip(maps, (8, 16, 32), strict=True)])
+        images = torch.zeros(1, 3, *size)
+        teacher = model.eval()(images, torch.tensor([page]))
+        output = model.train()(images, torch.tensor([page]), noise, teacher.queries)
+        outputs.append(output)
+        w, distill = model.decoder.w, DistillConfig(classes=ClassDistillConfig(loss="mse"))
+        how = (active(distill, 0), distill, MatcherConfig(), teacher.queries.real)
+        terms = distillation(output.shared, teacher.refined, w, w, truth, *how)
+        losses.append(criterion(output, truth, w, LossConfig()) | terms)
+    alone, padded = outputs
+    assert alone.queries.real.shape == (1, 126)
+    assert padded.queries.real.shape == (1, 200)
+    assert alone.queries.real.sum() == padded.queries.real.sum() == 126
+    for name, loss in losses[0].items():
+        torch.testing.assert_close(losses[1][name], loss, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: name + text)
+    found, expected = (detect(output, [page], top=500)[0] for output in (padded, alone))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
 
 
 class Emptiness(nn.Module):

@@ -84,7 +84,7 @@ def test_the_student_is_a_plain_detector(folder: Path, uninterrupted: Path, tmp_
             assert predict.main() == 0
     finally:
         hidden.rename(folder / "teacher.pt")
-    assert "AP" in json.loads((tmp_path / "metrics.json").read_text())
+    assert "AP" in json.loads((tmp_path / "best.metrics.json").read_text())
     assert json.loads((tmp_path / "found" / "predictions.json").read_text())[0]["detections"]
 
 

@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import ends, launch
-from tiny import freeze_batch_norms, noised, random_boxes, shaken, tiny_model
+from tiny import freeze_batch_norms, noised, random_boxes, shaken, tiny_config, tiny_model
 
 from dfine import distributed
-from dfine.config import BackboneConfig, LossConfig, TrainConfig
+from dfine.config import BackboneConfig, DenoisingConfig, LossConfig, TrainConfig
 from dfine.losses.criterion import criterion
 from dfine.model.backbone import Backbone
+from dfine.model.denoising import freshly_noised
+from dfine.model.detector import DFine
 from dfine.structures import NoisedTruth, Target
 from dfine.training import engine
 
@@ -56,6 +58,21 @@ def test_a_global_batch_has_the_same_gradients_on_one_and_on_two_processes(
     one, two = torch.load(tmp_path / "one"), torch.load(tmp_path / "two")
     assert max(gradient.abs().max() for gradient in one.values()) > 0.5
     assert max((two[name] - gradient).abs().max() for name, gradient in one.items()) < 1e-5
+
+
+def test_ddp_waits_for_no_gradient_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HRNet has weights for its stride of 4 alone, and without denoising its labels are unused."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(engine, "DistributedDataParallel", lambda model, **_: model)
+    off = DenoisingConfig(queries=0)
+    config = tiny_config(backbone="hrnet_w18_small").model_copy(update={"denoising": off})
+    model = engine.parallel(DFine(config, 3), TrainConfig(), torch.device("cpu"))
+    targets = pages((2, 0))
+    output = model(torch.rand(2, 3, 64, 96), noised=freshly_noised(targets, 3, off))
+    monkeypatch.undo()
+    losses = criterion(output, targets, model.decoder.w, LossConfig())
+    torch.stack([loss.sum() for loss in losses.values()]).sum().backward()
+    assert {name for name, p in model.named_parameters() if p.grad is None and p.requires_grad} == set()
 
 
 def values_of(rank_file: Path) -> None:

@@ -6,15 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from coco_folder import CATEGORIES, annotation, image, write
 from pycocotools.coco import COCO
+from scripts import TINY, evaluations, same
+from scripts import pages as coloured
+from scripts import train as run_train
 from tiny import shaken, tiny_config, tiny_model
 
 from dfine.checkpoints import ours
-from dfine.config import Config, ConfigError, DataConfig, PagesConfig
+from dfine.config import AugmentConfig, Config, ConfigError, DataConfig, PagesConfig
 from dfine.data.sources import CocoPages
+from dfine.inference import evaluation
 from dfine.inference.evaluation import OFFICIAL, table
+from dfine.model import detector
 from dfine.model.detector import DFine
+from dfine.structures import Detections
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,20 +71,56 @@ def test_the_script_writes_metrics_and_detections_beside_the_checkpoint(
     best: Path, pages: PagesConfig, script: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script("--checkpoint", best)
-    metrics = json.loads((best.parent / "metrics.json").read_text())
+    metrics = json.loads((best.parent / "best.metrics.json").read_text())
     assert set(metrics) == {*OFFICIAL, "AP_300", "per_class"}
     assert table(metrics) in capsys.readouterr().out
-    results = COCO(pages.annotations).loadRes(str(best.parent / "detections.json"))
+    results = COCO(pages.annotations).loadRes(str(best.parent / "best.detections.json"))
     assert len(results.getAnnIds()) == 5 * 24
+
+
+def test_the_script_finds_and_measures_what_the_run_did_to_the_last_digit(
+    tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After 25 steps on two pages, of which the model then knows something."""
+    own = coloured(tmp_path / "pages", count=2)
+    still = {name: 0.0 for name in AugmentConfig.model_fields if name.endswith("_p")}
+    train = {"epochs": 25, "learning_rate": 3e-3, "ema_decay": 0.5, "save_every": 0, "eval_every": 1000}
+    tree = TINY | {"data": TINY["data"] | {"train": own, "val": own, "augment": still}, "train": TINY["train"] | train}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    answers: list[Detections] = []
+
+    def detect(*arguments: Any) -> list[Detections]:
+        found = detector.detect(*arguments)
+        answers.extend(found)
+        return found
+
+    monkeypatch.setattr(evaluation, "detect", detect)
+    run_train(tmp_path / "tiny.yaml", tmp_path / "run", "data.short_edges=[64]", "model.decoder.layers=1")
+    theirs = answers.copy()
+    answers.clear()
+    script("--checkpoint", tmp_path / "run" / "last.pt")
+    assert same(answers, theirs)
+    line = evaluations(tmp_path / "run")[-1]
+    metrics = json.loads((tmp_path / "run" / "last.metrics.json").read_text())
+    assert metrics == {name: line[name] for name in metrics}
+    assert metrics["AP50"] > 0.1
+
+
+def test_what_best_and_last_measure_stand_side_by_side(best: Path, script: Any) -> None:
+    (best.parent / "last.pt").write_bytes(best.read_bytes())
+    script("--checkpoint", best)
+    script("--checkpoint", best.parent / "last.pt")
+    names = {f"{which}.{what}.json" for which in ("best", "last") for what in ("metrics", "detections")}
+    assert {path.name for path in best.parent.glob("*.json")} == names
 
 
 def test_overrides_of_the_script_win_over_the_checkpoint(best: Path, tmp_path: Path, script: Any) -> None:
     images, annotations = write(tmp_path / "other", [image(1)], [])
     others = [f"data.val.images={images}", f"data.val.annotations={annotations}"]
     script("--checkpoint", best, f"run_dir={tmp_path / 'elsewhere'}", *others)
-    results = json.loads((tmp_path / "elsewhere" / "detections.json").read_text())
+    results = json.loads((tmp_path / "elsewhere" / "best.detections.json").read_text())
     assert {result["image_id"] for result in results} == {1}
-    assert not (best.parent / "metrics.json").exists()
+    assert not (best.parent / "best.metrics.json").exists()
 
 
 @pytest.mark.parametrize("override", ["model.decoder.queries=3", "loss.vfl=2", "distill.teacher=best.pt"])

@@ -237,7 +237,7 @@ def test_detections_are_the_originals_clipped_to_the_page(golden: Golden):
 def output_of(logits: Tensor, boxes: Tensor) -> DFineOutput:
     """An evaluation output with no more in it than detections need."""
     nothing = torch.empty(0)
-    return DFineOutput(Refinement(logits[None], boxes[None], nothing, nothing), Queries(nothing, nothing))
+    return DFineOutput(Refinement(logits[None], boxes[None], nothing, nothing), Queries(nothing, nothing, nothing))
 
 
 # The nano model, end to end

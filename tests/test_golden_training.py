@@ -192,9 +192,9 @@ def output_of(arrays: dict[str, Tensor], groups: int) -> DFineOutput:
     noise = refinement_of(arrays, [f"dn_outputs.{i}." for i in range(layers)])
     queries = NoisedTruth(torch.zeros(noise.boxes.shape[1:3]), noise.boxes[0].detach(), max(1, groups))
     denoising = Denoising(noise, head_of(arrays, "dn_pre_outputs."), queries)
-    nothing = Queries(torch.empty(0), torch.empty(0))
+    nothing, every = torch.empty(0), torch.ones(refined.logits.shape[1:3], dtype=torch.bool)
     heads = head_of(arrays, "pre_outputs."), head_of(arrays, "enc_aux_outputs.0.")
-    return DFineOutput(refined, nothing, *heads, denoising)
+    return DFineOutput(refined, Queries(nothing, nothing, every), *heads, denoising)
 
 
 def refinement_of(arrays: dict[str, Tensor], names: list[str]) -> Refinement:

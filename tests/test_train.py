@@ -60,10 +60,10 @@ def test_torchrun_trains_and_evaluates_every_page_once_although_pages_do_not_div
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["evaluate.py", "--checkpoint", str(run / "last.pt")])
         evaluate_script.main()
-    metrics = json.loads((run / "metrics.json").read_text())
+    metrics = json.loads((run / "last.metrics.json").read_text())
     last = evaluations(run)[-1]
     assert {key: last[key] for key in metrics} == metrics  # of one process
-    assert len({d["image_id"] for d in json.loads((run / "detections.json").read_text())}) == 7
+    assert len({d["image_id"] for d in json.loads((run / "last.detections.json").read_text())}) == 7
 
 
 def test_a_process_whose_pages_are_all_empty_does_not_hang_the_other(config: Path, tmp_path: Path) -> None:

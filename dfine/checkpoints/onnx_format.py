@@ -73,7 +73,7 @@ def write(path: Path, model: DFine, config: Config, categories: list[dict[str, A
     with quiet(), torch.no_grad():
         program = torch.onnx.export(
             Exported(deployed),
-            (images, pages, pages),
+            (images, pages, pages.clone()),  # of one tensor twice the trace would make one input
             input_names=["images", "sizes", "originals"],
             output_names=["scores", "labels", "boxes"],
             dynamic_shapes=({0: batch, 2: stride * rows, 3: stride * columns}, {0: batch}, {0: batch}),
@@ -84,12 +84,12 @@ def write(path: Path, model: DFine, config: Config, categories: list[dict[str, A
     assert program is not None
     settings = configs.to_dict(config)
     del settings["distill"]
-    program.model.metadata_props |= {
-        "categories": json.dumps(categories),
-        "preprocessing": json.dumps(preprocessing(config, stride)),
-        "config": json.dumps(settings),
-        "dfine_version": metadata.version("dfine"),
-    }
+    program.model.metadata_props.update(
+        categories=json.dumps(categories),
+        preprocessing=json.dumps(preprocessing(config, stride)),
+        config=json.dumps(settings),
+        dfine_version=metadata.version("dfine"),
+    )
     if half:
         store_in_half(program.model.graph)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +206,9 @@ class OnnxModel:
                 "originals": np.array([originals[page] for page in pages]),
             }
             answers = [torch.from_numpy(answer) for answer in self.session.run(["scores", "labels", "boxes"], feed)]
-            found |= zip(pages, (Detections(*page) for page in zip(*answers, strict=True)), strict=True)
+            for page, (scores, labels, boxes) in zip(pages, zip(*answers, strict=True), strict=True):
+                k = int((scores != 0).sum())  # as in `detect`
+                found[page] = Detections(scores[:k], labels[:k], boxes[:k])
         return [found[page] for page in range(len(originals))]
 
 

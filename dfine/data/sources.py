@@ -1,7 +1,8 @@
 """Where pages and their boxes come from: COCO-format folders, and the embedded drawn pages."""
 
 import json
-import math
+import os
+import reprlib
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from dfine.config import ConfigError, PagesConfig
 from dfine.data.synthetic.pages import CATEGORIES, coco_dict, draw_page, page_size
-from dfine.data.transforms import PageError, read_page
+from dfine.data.transforms import PageError, have_an_area, read_page
 
 
 class Source(Protocol):
@@ -35,8 +36,8 @@ class Source(Protocol):
 class CocoPages:
     """A COCO json and a folder of images, such as PubLayNet and DocLayNet.
 
-    Boxes are clipped to the page, what is empty then is dropped (`dropped` counts them), crowd boxes count only in
-    evaluation. Pages without boxes stay.
+    Boxes are clipped to the page; what is empty then, or thinner than 0.01 pixels, is dropped (`dropped` counts them).
+    Crowd boxes count only in evaluation. Pages without boxes stay.
 
     Raises:
         PageError: the json or an image is missing, or the json is not COCO; names the file and what is wrong.
@@ -53,7 +54,7 @@ class CocoPages:
         self.ids = [page["id"] for page in pages]
         self.sizes = [(page["height"], page["width"]) for page in pages]
         self.files = [page["file_name"] for page in pages]
-        missing = [file for file in self.files if not (self.images / file).is_file()]
+        missing = [file for file in self.files if not os.path.isfile(self.images / file)]  # False for any odd name
         if missing:
             names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise PageError(f"{self.images}: {len(missing)} of {len(pages)} images of {annotations} missing: {names}")
@@ -64,7 +65,7 @@ class CocoPages:
         xywh = np.array([a["bbox"] for a in things], dtype=np.float64).reshape(-1, 4)
         limit = np.array(self.sizes, dtype=np.float64).reshape(-1, 2)[page][:, [1, 0, 1, 0]]
         xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1).clip(0, limit)
-        kept = np.flatnonzero((xyxy[:, 2:] > xyxy[:, :2]).all(1))
+        kept = np.flatnonzero(have_an_area(xyxy))
         self.dropped = len(things) - len(kept)
         kept = kept[np.argsort(page[kept], kind="stable")]
         # Flat arrays, not lists of objects: worker processes share them without copying.
@@ -122,7 +123,7 @@ def read_coco(path: Path) -> dict[str, Any]:
         coco = json.loads(path.read_text(encoding="utf-8"), object_hook=_without_outline)
     except OSError as error:
         raise PageError(f"{path}: cannot read the annotations ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PageError(f"{path}: not JSON: {error}") from error
     if not isinstance(coco, dict) or not all(
         isinstance(coco.get(k), list) for k in ("images", "annotations", "categories")
@@ -145,8 +146,13 @@ def read_coco(path: Path) -> dict[str, Any]:
         if annotation["category_id"] not in categories:
             raise PageError(f"{where}: no category has id {annotation['category_id']}")
         box = annotation["bbox"]
-        if len(box) != 4 or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in box):
-            raise PageError(f"{where}: bbox must be four numbers x, y, width, height, found {box}")
+        if len(box) != 4 or not all(map(_is_number, box)):
+            raise PageError(f"{where}: bbox must be four numbers x, y, width, height, found {_shown(box)}")
+        crowd, area = annotation.get("iscrowd", 0), annotation.get("area", 0)
+        if type(crowd) is not int or crowd not in (0, 1):
+            raise PageError(f"{where}: iscrowd must be 0 or 1, found {_shown(crowd)}")
+        if not _is_number(area) or area < 0:
+            raise PageError(f"{where}: area must be a number, 0 or more, found {_shown(area)}")
         annotation["id"] = number + 1  # pycocotools takes a match with annotation 0 for none
         annotation.setdefault("iscrowd", 0)
         annotation.setdefault("area", box[2] * box[3])
@@ -171,10 +177,23 @@ def _by_id(path: Path, entries: list[Any], kind: str, fields: dict[str, type]) -
 
 def _check(where: str, entry: Any, fields: dict[str, type]) -> None:
     if not isinstance(entry, dict):
-        raise PageError(f"{where}: expected an object, found {entry!r}")
+        raise PageError(f"{where}: expected an object, found {_shown(entry)}")
     for key, kind in fields.items():
-        if not isinstance(entry.get(key), kind):
-            raise PageError(f"{where}: {key} must be {kind.__name__}, found {entry.get(key)!r}")
+        value = entry.get(key)
+        if type(value) is kind is int and not _is_number(value):
+            raise PageError(f"{where}: {key} is too large: {_shown(value)}")
+        if type(value) is not kind:  # isinstance takes True for an int
+            raise PageError(f"{where}: {key} must be {kind.__name__}, found {_shown(value)}")
+
+
+def _is_number(x: Any) -> bool:
+    """A number that float64 can tell from its neighbours."""
+    return type(x) in (int, float) and abs(x) < 2**53
+
+
+def _shown(value: Any) -> str:
+    """A wrong value, for people; if it is long, its beginning."""
+    return reprlib.repr(value)
 
 
 def open_source(pages: PagesConfig, key: str) -> Source:

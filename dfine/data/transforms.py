@@ -31,6 +31,10 @@ TURNS: dict[Any, Image.Transpose] = {  # by EXIF orientation; 1 is upright
 }
 
 
+# Pixels. No annotation means less, and on a page of 65,535 pixels float32 still tells the edges of such a box apart.
+THINNEST = 0.01
+
+
 class PageError(ValueError):
     """A page that cannot be used; the message names the file."""
 
@@ -76,6 +80,10 @@ def _turned(image: Image.Image) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode == "F":  # white may be 1, 255 or 65535, and a little more where an edge was sharpened
+        floats = np.nan_to_num(np.asarray(image), posinf=0)
+        white = 1 if floats.max() < 2 else 255 if floats.max() < 2 * 255 else 65535
+        return Image.fromarray((255 / white * floats).round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode.startswith("I"):  # 16 bits, or what Pillow makes of them
         pixels = np.asarray(image).astype(np.int64)
         eight_bits = (pixels >> 8 if pixels.max() > 255 else pixels).clip(0, 255).astype(np.uint8)
@@ -128,7 +136,7 @@ def resize(page: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(H, W, 3) -> (height, width, 3); area averaging when it shrinks, so that thin strokes stay grey."""
     if page.shape[:2] == size:
         return page
-    shrinks = size[0] < page.shape[0]
+    shrinks = size[0] < page.shape[0] or size[1] < page.shape[1]
     return cv2.resize(page, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
 
 
@@ -182,6 +190,11 @@ class Elastic(A.ElasticTransform):
         return np.concatenate([moved, keypoints[:, 2:]], axis=-1)
 
 
+def have_an_area(boxes: np.ndarray) -> np.ndarray:
+    """Which of (T, 4) xyxy boxes in pixels are not empty, nor slivers that clipping left: (T,) bool."""
+    return (boxes[:, 2:] - boxes[:, :2] >= THINNEST).all(1)
+
+
 def augmentation(config: AugmentConfig) -> A.Compose:
     """What may happen to a training page, in the order in which paper, camera and file format would do it."""
     limit = config.brightness_contrast_limit
@@ -229,5 +242,5 @@ def augment(
     page = result["image"]
     points = np.asarray(result["keypoints"], dtype=np.float64).reshape(points.shape) + 0.5
     boxes = np.concatenate([points.min(1), points.max(1)], axis=-1).clip(0, np.tile(page.shape[1::-1], 2))
-    kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    kept = have_an_area(boxes)
     return page, labels[kept], boxes[kept]

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -167,7 +168,7 @@ def coco_metrics(ground_truth: dict[str, Any], detections: list[dict[str, Any]])
         detections: COCO results; may be empty.
     Returns:
         COCO's twelve numbers by the names in `OFFICIAL`; `AP_300`, the AP with up to 300 boxes a page; and `per_class`,
-        AP and AP50 by class name.
+        AP and AP50 by class name, with the id behind a name that several classes have.
     """
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         truth = COCO()
@@ -186,9 +187,12 @@ def coco_metrics(ground_truth: dict[str, Any], detections: list[dict[str, Any]])
     official, most = MAX_DETECTIONS.index(100), MAX_DETECTIONS.index(300)
     metrics: dict[str, Any] = {name: _mean(value) for name, value in zip(OFFICIAL, result.stats, strict=True)}
     metrics["AP_300"] = _mean(precision[..., most])
+    categories = truth.loadCats(result.params.catIds)
+    often = Counter(category["name"] for category in categories)
+    names = [c["name"] if often[c["name"]] == 1 else f"{c['name']} (id {c['id']})" for c in categories]
     metrics["per_class"] = {
-        category["name"]: {"AP": _mean(precision[:, :, i, official]), "AP50": _mean(precision[0, :, i, official])}
-        for i, category in enumerate(truth.loadCats(result.params.catIds))
+        name: {"AP": _mean(precision[:, :, i, official]), "AP50": _mean(precision[0, :, i, official])}
+        for i, name in enumerate(names)
     }
     return metrics
 

@@ -53,18 +53,20 @@ def criterion(output: DFineOutput, targets: list[Target], w: Tensor, config: Los
     truth = Truth(torch.cat([t.labels for t in targets]), torch.cat([t.boxes for t in targets]))
 
     heads = stack(refined, output.initial, output.encoder)
-    own = match(heads.logits, heads.boxes, targets, config.matcher, config.matcher.encoder_queries)
+    real = output.queries.real
+    own = match(heads.logits, heads.boxes, targets, config.matcher, config.matcher.encoder_queries, real)
     pairs = union(own, queries, last=layers - 1)
     groups, slots = 1, 0
     if output.denoising is not None:
         groups, slots = output.denoising.queries.groups, output.denoising.queries.labels.shape[1]
     fixed = denoising_matches(targets, groups)
 
-    unmatched, noise_unmatched = pages * queries - len(pairs.query), pages * slots - len(fixed.query)
-    counts = torch.tensor([len(truth.labels), len(pairs.query), unmatched, len(fixed.query), noise_unmatched])
+    noise_unmatched = pages * slots - len(fixed.query)
+    counts = torch.tensor([len(truth.labels), len(pairs.query), -len(pairs.query), len(fixed.query), noise_unmatched])
     columns: list[Any] = [counts, *own, *pairs[1:], *fixed[1:]]
     counts, *indices = send(columns, device)
     own, pairs, fixed = Matches(*indices[:4]), Matches(None, *indices[4:7]), Matches(None, *indices[7:])
+    counts[2] += real.sum()  # unmatched queries: only the device knows how many there are
     total = distributed.sum_over_processes(counts.to(w.dtype))
     share = total.clamp(min=1) / distributed.world_size()
     normalisers = Normalisers(share[0], share[1], share[1:3], total[1:3])

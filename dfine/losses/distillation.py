@@ -39,13 +39,14 @@ def distillation(
     weights: dict[str, float],
     config: DistillConfig,
     matcher: MatcherConfig,
+    real: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The weighted losses of the shared queries, a number for each of the student's layers.
 
     Args:
         student: its answers to the teacher's queries, of all layers. teacher: its answers; the last layer counts.
         w, teacher_w: W(n) of either model, (N + 1,) each; N may differ.
-        weights: of the terms to compute, see `active`.
+        weights: of the terms to compute, see `active`. real: `Queries.real` of the teacher; None: all are.
     Returns:
         `distill_class`, `distill_box` and `distill_go_lsd`, as far as they have a weight, (L,) each.
     Raises:
@@ -63,7 +64,7 @@ def distillation(
         sums = box_distance(boxes, student.boxes, confidence, squared=config.boxes.loss == "mse")
         losses["box"] = sums / normaliser(confidence.sum(), least=torch.finfo(w.dtype).tiny)
     if "go_lsd" in weights:
-        losses["go_lsd"] = go_lsd(student, teacher, w, teacher_w, targets, config.go_lsd.temperature, matcher)
+        losses["go_lsd"] = go_lsd(student, teacher, w, teacher_w, targets, config.go_lsd.temperature, matcher, real)
     return {f"distill_{term}": weights[term] * loss for term, loss in losses.items()}
 
 
@@ -108,6 +109,7 @@ def go_lsd(
     targets: list[Target],
     temperature: float,
     matcher: MatcherConfig,
+    real: Tensor | None = None,
 ) -> Tensor:
     """GO-LSD across models: DDF of every layer of the student against the teacher's last layer -> (L,).
 
@@ -116,7 +118,7 @@ def go_lsd(
     """
     logits, boxes, edge_logits = (x[-1].detach() for x in teacher[:3])
     try:
-        pairs = match(logits[None], boxes[None], targets, matcher).to(logits.device)
+        pairs = match(logits[None], boxes[None], targets, matcher, real=real).to(logits.device)
     except FloatingPointError as error:
         raise FloatingPointError(f"the teacher's answer: {error}") from error
     at = (pairs.batch, pairs.query)
@@ -128,7 +130,8 @@ def go_lsd(
     p = (edge_logits / temperature).softmax(-1)  # (B, Q, 4, N + 1)
     p = project(p, teacher.initial_boxes, teacher_w, student.initial_boxes, w)  # (B, Q, 4, the student's N + 1)
     kl = kl_of_edges(p, student.edge_logits, temperature)  # (L, B, Q)
-    counts = torch.stack([matched.sum(), (~matched).sum()]).to(w.dtype)  # (2,)
+    unmatched = ~matched if real is None else real & ~matched
+    counts = torch.stack([matched.sum(), unmatched.sum()]).to(w.dtype)  # (2,)
     return ddf(kl, weight, matched, normaliser(counts), shares=normaliser(counts, least=0))
 
 

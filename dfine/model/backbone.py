@@ -5,6 +5,7 @@ from collections import Counter
 from typing import Any
 
 import timm
+import torch
 from timm.layers import Format, is_fast_norm, set_fast_norm
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -35,7 +36,7 @@ class Backbone(nn.Module):
                 raise ConfigError(f"model.backbone.checkpointing: timm offers none for the maps of {config.name}")
             body.set_grad_checkpointing()
         faster_depthwise(body)
-        self.body = body
+        self.body, self.stride = body, strides[-1]
         self.channels_behind = getattr(body, "output_fmt", Format.NCHW) == Format.NHWC
         self.channels = [body.feature_info.channels()[i] for i in self.indices]
         pretrained_cfg = timm.get_pretrained_cfg(config.name)
@@ -48,24 +49,52 @@ class Backbone(nn.Module):
         maps = [maps[i] for i in self.indices]
         return [x.permute(0, 3, 1, 2) for x in maps] if self.channels_behind else maps
 
+    def freeze_unused(self) -> None:
+        """Freezes weights that no map depends on, such as HRNet's for a stride of 4: DDP would wait for a gradient."""
+        training = self.training
+        self.eval()  # leaves batch-norm statistics alone
+        with torch.enable_grad():
+            total = torch.stack([x.sum() for x in self(self._random_page())]).sum()
+        self.train(training)
+        weights = list(self.parameters())
+        for weight, gradient in zip(weights, torch.autograd.grad(total, weights, allow_unused=True), strict=True):
+            weight.requires_grad_(gradient is not None)
+
     def merge(self) -> None:
         """Lets convolutions do what the batch norms right behind them do in evaluation mode.
 
-        Which those are is read off the traced graph. A backbone that cannot be traced keeps its batch norms.
+        Which those are is read off the traced graph. A backbone keeps its batch norms where it cannot be traced, and
+        where the graph does not tell all: maps may be read by hooks, and a random page comes out otherwise.
         """
         try:
             nodes = ConvNormTracer().trace(self.body).nodes
-        except (fx.proxy.TraceError, TypeError):  # its forward depends on what it is fed
+        except (fx.proxy.TraceError, TypeError, RuntimeError):  # its forward depends on what it is fed
             return
+        before, replaced = self._maps_of_random_page(), dict[str, nn.Module]()
         for node in nodes:
             source = node.args[0] if node.op == "call_module" else None
             if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
                 continue
             conv, norm = self.body.get_submodule(source.target), self.body.get_submodule(node.target)
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                replaced = {source.target: conv, node.target: norm} | replaced
                 self.body.set_submodule(source.target, fuse_conv_bn_eval(conv, norm))
                 # timm's batch norms may hold their activation.
                 self.body.set_submodule(node.target, getattr(norm, "act", nn.Identity()))
+        pairs = zip(before, self._maps_of_random_page(), strict=True)
+        if not all((a - b).abs().max() <= 1e-3 * a.abs().max() for a, b in pairs):
+            for name, module in replaced.items():
+                self.body.set_submodule(name, module)
+
+    @torch.no_grad()
+    def _maps_of_random_page(self) -> list[Tensor]:
+        with torch.backends.cudnn.flags(allow_tf32=False):  # its rounding would hide small differences
+            return self(self._random_page())
+
+    def _random_page(self) -> Tensor:
+        """Normalised noise; as large as the last map has 4x4 cells. Leaves torch's global generator alone."""
+        page = torch.randn(1, 3, 4 * self.stride, 4 * self.stride, generator=torch.Generator().manual_seed(0))
+        return page.to(next(self.parameters()))
 
 
 def repeated(module: nn.Module) -> list[nn.Module]:
@@ -82,7 +111,8 @@ class ConvNormTracer(fx.Tracer):
     """Records convolutions and batch norms as calls, also those that timm derives from torch's."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (nn.Conv2d, nn.BatchNorm2d)) or super().is_leaf_module(m, module_qualified_name)
+        # timm's layer norms ask for autocast, which depends on the device of what they are fed.
+        return isinstance(m, (nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm)) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _create(config: BackboneConfig, **kwargs: Any) -> Any:

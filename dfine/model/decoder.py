@@ -29,13 +29,17 @@ class Gate(nn.Module):
 class SelfAttention(nn.MultiheadAttention):
     """Among queries of which the first K, the denoising ones, see what a mask leaves them; the others see each other.
 
-    So the matching queries need no mask, and nothing is computed from what it would hide from them.
+    So nothing is computed from what a mask would hide from the matching queries.
     """
 
-    def forward(self, x: Tensor, position: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, position: Tensor, mask: Tensor | None = None, real: Tensor | None = None
+    ) -> Tensor:
         """
         Args:
-            x: (B, Q, D) content. position: (B, Q, D) added to queries and keys. mask: (K, Q), True where blocked.
+            x: (B, Q, D) content. position: (B, Q, D) added to queries and keys.
+            mask: (K, Q) or (B, K, Q), True where blocked.
+            real: (B, Q - K), which matching queries the matching queries see; None: all.
         Returns:
             (B, Q, D)
         """
@@ -46,12 +50,15 @@ class SelfAttention(nn.MultiheadAttention):
         query, key, value = (
             part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in (*qk.chunk(2, dim=-1), v)
         )  # (B, heads, Q, D / heads) each
-        if mask is None or len(mask) == 0:
-            attended = attend(query, key, value)
+        seen = None if real is None else real[:, None, None]  # (B, 1, 1, Q - K)
+        slots = 0 if mask is None else mask.shape[-2]
+        if mask is None or slots == 0:
+            attended = attend(query, key, value, seen)
         else:
-            rest = slice(len(mask), None)
-            masked = attend(query[:, :, : len(mask)], key, value, ~mask)
-            attended = torch.cat([masked, attend(query[:, :, rest], key[:, :, rest], value[:, :, rest])], dim=2)
+            masked = attend(query[:, :, :slots], key, value, ~mask.unsqueeze(-3))
+            rest = slice(slots, None)
+            among = attend(query[:, :, rest], key[:, :, rest], value[:, :, rest], seen)
+            attended = torch.cat([masked, among], dim=2)
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 
 
@@ -82,15 +89,16 @@ class DecoderLayer(nn.Module):
         shapes: list[tuple[int, int]],
         valid_ratio: Tensor | None = None,
         mask: Tensor | None = None,
+        real: Tensor | None = None,
     ) -> Tensor:
         """
         Args:
             x: (B, Q, D) content. position: (B, Q, D) added to queries and keys. reference: (B, Q, 4).
-            memory, shapes, valid_ratio: see `DeformableAttention`. mask: see `SelfAttention`.
+            memory, shapes, valid_ratio: see `DeformableAttention`. mask, real: see `SelfAttention`.
         Returns:
             (B, Q, D)
         """
-        x = self.norm1(x + self.self_attention(x, position, mask))
+        x = self.norm1(x + self.self_attention(x, position, mask, real))
         x = self.gate(x, self.cross_attention(x + position, reference, memory, shapes, valid_ratio))
         return self.norm2(x + self.feedforward(x))
 
@@ -122,12 +130,13 @@ class Decoder(nn.Module):
         shapes: list[tuple[int, int]],
         valid_ratio: Tensor | None = None,
         mask: Tensor | None = None,
+        real: Tensor | None = None,
         every_layer: bool = True,
     ) -> tuple[Refinement, Prediction | None]:
         """
         Args:
             x: (B, Q, D) content. reference: (B, Q, 4) where the queries start; detached.
-            memory, shapes, valid_ratio, mask: see `DecoderLayer`.
+            memory, shapes, valid_ratio, mask, real: see `DecoderLayer`.
             every_layer: False computes only what the last layer's answer needs.
         Returns:
             All layers (or the last), and the plain head of layer 1 (or None).
@@ -138,7 +147,7 @@ class Decoder(nn.Module):
         for i, layer in enumerate(self.layers):
             last = i == len(self.layers) - 1
             position = self.position(reference).clamp(-10, 10)  # (B, Q, D)
-            x = layer(x, position, reference, memory, shapes, valid_ratio, mask)  # (B, Q, D)
+            x = layer(x, position, reference, memory, shapes, valid_ratio, mask, real)  # (B, Q, D)
             if i == 0:
                 initial_boxes = (self.initial_box(x) + logit(start)).sigmoid()  # (B, Q, 4)
                 frame = initial_boxes.detach()

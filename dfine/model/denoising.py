@@ -74,8 +74,10 @@ def noised_truth(
     return NoisedTruth(torch.where(redraw, noise.new_label, labels), noised, groups)
 
 
-def freshly_noised(targets: list[Target], classes: int, config: DenoisingConfig) -> NoisedTruth:
-    """The denoising queries of a batch, from new noise."""
+def freshly_noised(targets: list[Target], classes: int, config: DenoisingConfig) -> NoisedTruth | None:
+    """The denoising queries of a batch, from new noise; None where there shall be none."""
+    if config.queries == 0:
+        return None
     noise = draw_noise(targets, config.queries, classes)
     return noised_truth(targets, noise, config.queries, classes, config.label_noise, config.box_noise)
 

@@ -1,6 +1,6 @@
 """D-FINE: backbone, hybrid encoder, query selection, decoder."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,11 @@ from dfine.model.denoising import attention_mask
 from dfine.model.fdr import FullPrecision, mlp, xavier, zero_last
 from dfine.model.hybrid_encoder import AIFI, ConvNorm, HybridEncoder, RepNCSPELAN4, RepVGG
 from dfine.structures import Denoising, Detections, DFineOutput, NoisedTruth, Prediction, Queries, Refinement
+
+Head = TypeVar("Head", Prediction, Refinement)
+
+
+NOTHING = -1e4  # the logits of a query that no cell stands for: a score of 0 that learns nothing
 
 
 class DFine(nn.Module):
@@ -44,6 +49,7 @@ class DFine(nn.Module):
         )
         self.selection = QuerySelection(dim, classes, config.strides, config.decoder.queries)
         self.denoising_labels = nn.Embedding(classes + 1, dim, padding_idx=classes)  # N(0, 1); row C is 0
+        self.denoising_labels.requires_grad_(config.denoising.queries > 0)  # DDP would wait for its gradient
         self.decoder = Decoder(config.decoder, dim, classes)
         # Persistent: how pages are normalised travels with the weights.
         self.register_buffer("mean", torch.tensor(config.mean or self.backbone.mean).view(3, 1, 1))
@@ -82,12 +88,14 @@ class DFine(nn.Module):
 
         encoder, queries, tokens = self.selection(memory, shapes, sizes)
         x, reference, mask, slots = gather(tokens, queries.cells), queries.proposal, None, 0
+        seen = keys(queries.real)
         if noised is not None:
             slots = noised.labels.shape[1]
-            mask = attention_mask(slots, noised.groups, x.shape[1], x.device)[:slots]
+            mask = attention_mask(slots, noised.groups, x.shape[1], x.device)[:slots]  # (slots, slots + Q)
+            mask = mask | ~F.pad(seen, (slots, 0), value=True)[:, None]  # (B, slots, slots + Q)
             x = torch.cat([self.denoising_labels(noised.labels).to(x.dtype), x], dim=1)  # (B, slots + Q, D)
             reference = torch.cat([noised.boxes.clamp(1e-5, 1 - 1e-5), reference], dim=1)  # (B, slots + Q, 4)
-        refined, initial = self.decoder(x, reference, *places, mask, every_layer=self.training)
+        refined, initial = self.decoder(x, reference, *places, mask, seen, every_layer=self.training)
 
         denoising = None
         if noised is not None:
@@ -96,8 +104,10 @@ class DFine(nn.Module):
             refined, initial = split(refined, initial, slice(slots, None))
         answers = None
         if shared is not None:
-            content = gather(tokens, shared.cells)
-            answers, _ = self.decoder(content, shared.proposal, *places, every_layer=self.training)
+            content, seen = gather(tokens, shared.cells), keys(shared.real)
+            answers, _ = self.decoder(content, shared.proposal, *places, None, seen, every_layer=self.training)
+            answers = silenced(answers, shared.real)
+        refined, initial, encoder = (head and silenced(head, queries.real) for head in (refined, initial, encoder))
         return DFineOutput(refined, queries, initial, encoder, denoising, answers)
 
     def encode(self, images: Tensor, sizes: Tensor | None) -> list[Tensor]:
@@ -205,14 +215,14 @@ class QuerySelection(nn.Module):
         # precision copies of the weights that it makes here, without a gradient, and use them for the answer as well.
         tokens = self.norm(self.project(memory.detach())).detach()  # (B, S, D)
         score = full_precision(self.class_head(tokens)).amax(-1).masked_fill(~valid, -torch.inf)  # (B, S)
-        index = score.topk(min(self.queries, score.shape[1])).indices  # (B, Q)
+        best, index = score.topk(min(self.queries, score.shape[1]))  # (B, Q)
         anchors = gather(anchors.expand(index.shape[0], -1, -1), index)  # (B, Q, 4); len() would fix an ONNX file's B
         # The selected tokens (B, Q, D) are made again, so that the backward pass is over these alone.
         again = torch.is_grad_enabled()
         selected = self.norm(self.project(gather(memory, index))) if again else gather(tokens, index)
         boxes = (self.box_head(selected) + logit(anchors)).sigmoid()  # (B, Q, 4)
         answer = Prediction(full_precision(self.class_head(selected)), boxes) if self.training else None
-        return answer, Queries(index, boxes.detach()), tokens
+        return answer, Queries(index, boxes.detach(), best != -torch.inf), tokens
 
     def anchors(self, shapes: list[tuple[int, int]], sizes: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
         """A box at the centre of each cell with sides 0.05 * 2^level, and whether all its numbers lie in (0.01, 0.99).
@@ -251,6 +261,16 @@ def by_canvas(sizes: Tensor, stride: int) -> dict[tuple[int, int], list[int]]:
     return groups
 
 
+def keys(real: Tensor) -> Tensor:
+    """Which queries are attended to: (B, Q) bool. On a page without a single real one all are: softmax needs some."""
+    return real | ~real.any(1, keepdim=True)
+
+
+def silenced(head: Head, real: Tensor) -> Head:
+    """The answers, of which those that no cell stands for say that there is nothing."""
+    return head._replace(logits=head.logits.masked_fill(~real[..., None], NOTHING))
+
+
 def gather(x: Tensor, index: Tensor) -> Tensor:
     """(B, S, K), (B, Q) -> (B, Q, K)"""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
@@ -278,7 +298,7 @@ def ranked(output: DFineOutput, top: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def detect(output: DFineOutput, sizes: list[tuple[int, int]], top: int = 300) -> list[Detections]:
-    """The last layer's `top` best (query, class) pairs of each page; no NMS.
+    """The last layer's `top` best (query, class) pairs of each page, as far as their scores are not 0; no NMS.
 
     Args:
         sizes: original height, width of each page in pixels.
@@ -287,7 +307,8 @@ def detect(output: DFineOutput, sizes: list[tuple[int, int]], top: int = 300) ->
     """
     scores, labels, boxes = ranked(output, top)
     found = torch.cat([scores[..., None], labels[..., None], boxes], dim=-1).cpu()  # (B, K, 6)
+    counts = (found[..., 0] != 0).sum(1).tolist()  # a page may have fewer queries than others of its batch
     return [
-        Detections(page[:, 0], page[:, 1].long(), page[:, 2:] * page.new_tensor([w, h, w, h]))
-        for page, (h, w) in zip(found, sizes, strict=True)
+        Detections(page[:k, 0], page[:k, 1].long(), page[:k, 2:] * page.new_tensor([w, h, w, h]))
+        for page, k, (h, w) in zip(found, counts, sizes, strict=True)
     ]

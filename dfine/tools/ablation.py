@@ -95,7 +95,7 @@ def complete(trial: Trial) -> float:
 
 def teacher(config: Config, out: Path) -> float:
     """The teacher's AP in points on the students' pages."""
-    file = out / "teacher" / "metrics.json"
+    file = out / "teacher" / f"{Path(config.distill.teacher).stem}.metrics.json"
     if not file.exists():
         val = [f"data.val.{key}={value}" for key, value in dict(config.data.val).items()]
         execute("evaluate.py", "--checkpoint", config.distill.teacher, f"run_dir={file.parent}", *val)

@@ -91,6 +91,7 @@ def answer(
     """Every loss, and the 20 best detections of each page."""
     torch.manual_seed(0)
     noise = freshly_noised(batch.targets, model.classes, settings.model.denoising)  # drawn on the CPU, for both
+    assert noise is not None
     noise = noise._replace(labels=noise.labels.to(device), boxes=noise.boxes.to(device))
     model, batch = copy.deepcopy(model).to(device), batch.to(device)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):

@@ -84,6 +84,7 @@ def distilled_loss(model: DFine, teacher: DFine, batch: Batch, settings: Config,
         weights,
         settings.distill,
         settings.loss.matcher,
+        taught.queries.real,
     )
     own = settings.distill.beta * total_loss(model, output, batch, settings)
     return torch.stack([own, *(term.sum() for term in losses.values())]).sum()

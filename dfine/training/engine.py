@@ -75,6 +75,8 @@ def parallel(model: DFine, config: TrainConfig, device: torch.device, pages: int
     Args:
         pages: in a batch of one process.
     """
+    if distributed.world_size() > 1:
+        model.backbone.freeze_unused()
     if config.compile:
         model.compile_parts()
     if distributed.world_size() == 1:

@@ -44,6 +44,15 @@ def test_boxes_are_clipped_to_the_page_and_empty_ones_dropped_and_counted(tmp_pa
     assert "4 empty boxes dropped" in source.summary()
 
 
+def test_slivers_are_dropped_and_counted_like_empty_boxes(tmp_path: Path) -> None:
+    """In float32 they are empty, and beside an empty answer the matching cost is NaN."""
+    boxes = [[5, 5, 1e-7, 9], [5, 5, 9, 1e-7], [-9, 5, 9.000001, 9], [29.999999, 5, 9, 9], [5, 5, 0.1, 9]]
+    source = CocoPages(*write(tmp_path, [image(1)], [annotation(1, box) for box in boxes]))
+    assert source.read(0)[2].tolist() == [[5, 5, 5.1, 14]]
+    assert source.dropped == 4
+    assert len(source.ground_truth()["annotations"]) == 5
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_a_box_one_pixel_high_survives(tmp_path: Path, training: bool) -> None:
     source = CocoPages(*write(tmp_path, [image(1, 300, 400)], [annotation(1, [50, 200, 200, 1])]))
@@ -85,6 +94,12 @@ def test_boxes_go_to_their_page_whatever_the_order_of_the_json_and_image_id_0_is
 def test_annotations_are_renumbered_from_1(tmp_path: Path) -> None:
     source = CocoPages(*write(tmp_path, [image(1)], [annotation(1, [0, 0, 2, 3]), annotation(1, [1, 1, 1, 1])]))
     assert [(a["id"], a["area"]) for a in source.ground_truth()["annotations"]] == [(1, 6), (2, 1)]
+
+
+def test_an_area_in_the_json_is_kept(tmp_path: Path) -> None:
+    """It is the outline's, and decides whether a box is small or large to COCO's metrics."""
+    source = CocoPages(*write(tmp_path, [image(1)], [annotation(1, [0, 0, 2, 3], area=2.5)]))
+    assert source.ground_truth()["annotations"][0]["area"] == 2.5
 
 
 def test_outlines_are_not_kept(tmp_path: Path) -> None:
@@ -155,10 +170,30 @@ def test_a_file_that_is_not_coco_is_named(tmp_path: Path, text: str, message: st
         ({"annotations": [annotation(1, [0, 0, 1, 1], 2)]}, r"annotations\[0\]: no category has id 2"),
         ({"annotations": [annotation(1, [0, 0, 1])]}, r"annotations\[0\]: bbox must be four numbers"),
         ({"annotations": [annotation(1, [0, 0, 1, float("nan")])]}, r"annotations\[0\]: bbox must be four numbers"),
+        ({"annotations": [annotation(1, [0, 0, 1, 10**400])]}, r"annotations\[0\]: bbox must be four numbers"),
+        ({"annotations": [annotation(1, [0, 0, 1, True])]}, r"annotations\[0\]: bbox must be four numbers"),
+        (
+            {"annotations": [annotation(1, [0, 0, 1, 1], iscrowd="0")]},
+            r"annotations\[0\]: iscrowd must be .* found '0'",
+        ),
+        (
+            {"annotations": [annotation(1, [0, 0, 1, 1], iscrowd=None)]},
+            r"annotations\[0\]: iscrowd must be .* found None",
+        ),
+        (
+            {"annotations": [annotation(1, [0, 0, 1, 1], iscrowd=False)]},
+            r"annotations\[0\]: iscrowd must be .* found False",
+        ),
+        ({"annotations": [annotation(1, [0, 0, 1, 1], area=None)]}, r"annotations\[0\]: area must be .* found None"),
+        ({"annotations": [annotation(1, [0, 0, 1, 1], area="1")]}, r"annotations\[0\]: area must be .* found '1'"),
+        ({"annotations": [annotation(1, [0, 0, 1, 1], area=-1)]}, r"annotations\[0\]: area must be .* found -1"),
+        ({"annotations": [annotation(1, [0, 0, 1, 1], area=float("inf"))]}, r"annotations\[0\]: area must be .* inf"),
         ({"annotations": [{"image_id": 1, "category_id": 1}]}, r"annotations\[0\]: bbox must be list, found None"),
         ({"annotations": [7]}, r"annotations\[0\]: expected an object, found 7"),
         ({"images": [image(1), image(1)]}, r"images\[1\]: id 1 occurs twice"),
         ({"images": [image(1) | {"width": "30"}]}, r"images\[0\]: width must be int, found '30'"),
+        ({"images": [image(1) | {"width": 10**400}]}, r"images\[0\]: width is too large: 1000"),
+        ({"images": [image(1) | {"id": True}]}, r"images\[0\]: id must be int, found True"),
         ({"images": [image(1) | {"height": 0}]}, r"images\[0\]: height must be 1 or more"),
         ({"categories": [{"id": 1}]}, r"categories\[0\]: name must be str, found None"),
         ({"categories": []}, "holds no categories"),
@@ -169,6 +204,22 @@ def test_a_wrong_entry_is_named(tmp_path: Path, change: dict[str, Any], message:
     (tmp_path / "pages.json").write_text(json.dumps(content))
     with pytest.raises(PageError, match=rf"pages\.json: {message}"):
         read_coco(tmp_path / "pages.json")
+
+
+def test_a_json_too_deep_to_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(PageError, match=r"deep\.json: not JSON"):
+        read_coco(tmp_path / "deep.json")
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".png", "x\0.png", "\ud800.png", ""])
+def test_a_file_name_that_no_file_can_have_is_missing(tmp_path: Path, name: str) -> None:
+    images, annotations = write(tmp_path, [image(1)], [])
+    content = json.loads(annotations.read_text())
+    content["images"][0]["file_name"] = name
+    annotations.write_text(json.dumps(content))
+    with pytest.raises(PageError, match=r"1 of 1 images .* missing"):
+        CocoPages(images, annotations)
 
 
 def test_a_missing_json_is_named(tmp_path: Path) -> None:

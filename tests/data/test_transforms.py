@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, PngImagePlugin, features
 
+from dfine.boxes import cxcywh_to_xyxy
 from dfine.config import AugmentConfig
-from dfine.data.transforms import PageError, augment, augmentation, canvas_of, fit, pad, read_page, resize
+from dfine.data.transforms import THINNEST, PageError, augment, augmentation, canvas_of, fit, pad, read_page, resize
 
 NONE = {name: 0.0 for name in AugmentConfig.model_fields if name.endswith("_p")}
 ALL = dict.fromkeys(NONE, 1.0)
@@ -55,6 +57,14 @@ def test_thin_strokes_do_not_vanish_when_a_page_shrinks() -> None:
     assert resize(page, (400, 400)) is page
 
 
+@pytest.mark.parametrize("upright", [True, False])
+def test_strokes_across_a_strip_that_keeps_its_short_side_do_not_vanish(upright: bool) -> None:
+    strip = np.full((1, 400, 3), 255, np.uint8)
+    strip[:, ::8] = 0
+    small = resize(strip.transpose(1, 0, 2), (100, 1)) if upright else resize(strip, (1, 100))
+    assert (small.reshape(-1, 2, 3).mean(1) < 230).all()
+
+
 # Reading
 
 
@@ -98,6 +108,7 @@ INK_ON_WHITE = np.where(striped() > 0, 255, 0)
         (Image.fromarray(striped().astype(np.uint16) * 257), "png", THREE_GREYS),
         (Image.fromarray(striped().astype(np.uint16) * 257), "tif", THREE_GREYS),
         (Image.fromarray(striped().astype(np.int32) * 257), "tif", THREE_GREYS),
+        *((Image.fromarray(np.float32(striped() / 255 * white)), "tif", THREE_GREYS) for white in (1, 255, 65535)),
         (cmyk(), "jpg", THREE_GREYS),
         (cmyk(), "tif", THREE_GREYS),
         (Image.fromarray(striped() > 0), "png", INK_ON_WHITE),
@@ -248,6 +259,22 @@ def test_the_seed_decides_everything() -> None:
     assert (first[0] == same[0]).all()
     assert (first[2] == same[2]).all()
     assert (first[2] != other[2]).any()
+
+
+def test_slivers_that_augmentation_leaves_at_the_border_are_dropped() -> None:
+    page = np.full((64, 48, 3), 255, np.uint8)
+    boxes = np.array([[48 - 1e-4, 5, 60, 20], [5, 64 - 1e-4, 20, 70], [40, 5, 60, 20]])
+    _, labels, kept = augment(augmentation(AugmentConfig(**NONE)), page, np.arange(3), boxes, 0)
+    assert labels.tolist() == [2]
+    np.testing.assert_allclose(kept, [[40, 5, 48, 20]], atol=1e-4)
+
+
+def test_float32_tells_the_edges_of_the_thinnest_box_apart_on_the_largest_page() -> None:
+    low = np.linspace(0, 65535 - THINNEST, 1001) / 65535
+    size = torch.full((1001,), THINNEST / 65535)
+    centre = torch.from_numpy(low + THINNEST / 65535 / 2).float()
+    corners = cxcywh_to_xyxy(torch.stack([centre, centre, size, size], dim=-1))
+    assert (corners[:, 2:] > corners[:, :2]).all()
 
 
 def test_a_blank_page_stays_a_page_without_boxes() -> None:

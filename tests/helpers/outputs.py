@@ -29,7 +29,8 @@ def refinement(pages: int, queries: int, layers: int = 3) -> Refinement:
 def made_up(pages: int = 2, queries: int = 6, layers: int = 3, seed: int = 0) -> DFineOutput:
     """What a model might say in training, without denoising."""
     torch.manual_seed(seed)
-    start = Queries(torch.zeros(pages, queries, dtype=torch.int64), random_boxes(pages, queries))
+    cells = torch.zeros(pages, queries, dtype=torch.int64)
+    start = Queries(cells, random_boxes(pages, queries), torch.ones_like(cells, dtype=torch.bool))
     return DFineOutput(
         refinement(pages, queries, layers), start, prediction(pages, queries), prediction(pages, queries)
     )

@@ -117,6 +117,17 @@ def test_the_twelve_numbers_and_those_of_the_classes_are_pycocotools_own(
         assert [numbers["AP"], numbers["AP50"]] == pytest.approx(official([category["id"]])[:2])
 
 
+def test_classes_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    categories = [{"id": 1, "name": "text"}, {"id": 3, "name": "text"}, {"id": 7, "name": "figure"}]
+    file = write(tmp_path, [image(0, 300, 400)], THREE[:2], categories)[1]
+    metrics = coco_metrics(read_coco(file), found(THREE[:1]))
+    assert {name: numbers["AP"] for name, numbers in metrics["per_class"].items()} == {
+        "text (id 1)": pytest.approx(1),
+        "text (id 3)": 0,
+        "figure": None,
+    }
+
+
 def test_measuring_leaves_the_detections_as_they_are(tmp_path: Path) -> None:
     detections = found(THREE)
     coco_metrics(truth(tmp_path, THREE), detections)

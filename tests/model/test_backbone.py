@@ -134,3 +134,44 @@ def test_maps_with_channels_behind_come_out_with_channels_first():
     backbone = untrained("mambaout_femto")
     shapes = [x.shape for x in backbone(torch.rand(1, 3, 64, 96))]
     assert shapes == [(1, c, 64 // s, 96 // s) for c, s in zip(backbone.channels, (8, 16, 32), strict=True)]
+
+
+# Weights
+
+
+def odd_statistics(backbone: Backbone) -> Backbone:
+    """In evaluation mode, with batch norms that change what they get."""
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.running_mean)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+    return backbone.eval()
+
+
+@pytest.mark.parametrize(("name", "merged"), [("xception41p", False), ("resnet10t", True)])
+def test_merging_batch_norms_changes_no_map_also_where_timm_reads_maps_by_hooks(name: str, merged: bool):
+    backbone, page = odd_statistics(untrained(name)), torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        before = backbone(page)
+        backbone.merge()
+        for one, other in zip(before, backbone(page), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in backbone.modules()) != merged
+
+
+def test_weights_that_no_map_depends_on_are_frozen_and_all_others_have_a_gradient():
+    backbone = untrained("hrnet_w18_small")
+    statistics = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
+    backbone.freeze_unused()
+    assert backbone.training
+    assert all(torch.equal(buffer, statistics[name]) for name, buffer in backbone.named_buffers())
+    sum(x.sum() for x in backbone(torch.rand(2, 3, 64, 64))).backward()
+    frozen = {name for name, parameter in backbone.named_parameters() if not parameter.requires_grad}
+    assert "body.stage4.0.fuse_layers.0.1.0.weight" in frozen
+    assert frozen == {name for name, parameter in backbone.named_parameters() if parameter.grad is None}
+
+
+def test_where_all_weights_are_used_none_is_frozen():
+    backbone = untrained("test_convnext")
+    backbone.freeze_unused()
+    assert all(parameter.requires_grad for parameter in backbone.parameters())

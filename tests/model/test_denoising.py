@@ -9,11 +9,13 @@ import torch
 from tiny import target
 
 from dfine.boxes import cxcywh_to_xyxy
+from dfine.config import DenoisingConfig
 from dfine.model.denoising import (
     Noise,
     attention_mask,
     denoising_matches,
     draw_noise,
+    freshly_noised,
     group_count,
     most_boxes,
     noised_truth,
@@ -173,6 +175,11 @@ def test_the_same_seed_draws_the_same_noise():
     torch.manual_seed(3)
     for ours, theirs in zip(first, draw_noise(TWO_AND_ONE, 6, 10), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_without_denoising_queries_there_is_no_denoising():
+    assert freshly_noised(TWO_AND_ONE, 10, DenoisingConfig(queries=0)) is None
+    assert freshly_noised(TWO_AND_ONE, 10, DenoisingConfig(queries=1)).groups == 1
 
 
 # Who sees whom

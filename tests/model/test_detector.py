@@ -151,6 +151,38 @@ def test_in_evaluation_a_page_is_answered_as_alone_whatever_shape_its_neighbours
         torch.testing.assert_close(together.logits[:, i : i + 1], alone.logits, atol=1e-3, rtol=0)
 
 
+@torch.no_grad()
+def test_in_evaluation_a_small_page_is_answered_as_alone_although_a_large_one_has_more_queries():
+    """126 cells on the small page, 300 queries."""
+    model = shaken(tiny_model(queries=300)).eval()
+    sizes = torch.tensor([[64, 96], [160, 160]])
+    images = torch.randint(256, (2, 3, 160, 160), dtype=torch.uint8)
+    together = detect(model(images, sizes), [(64, 96), (160, 160)], top=2000)
+    alone = detect(model(images[:1, :, :64, :96], sizes[:1]), [(64, 96)], top=2000)[0]
+    assert [len(page.scores) for page in together] == [126 * 3, 300 * 3]
+    for ours, theirs in zip(together[0], alone, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+
+
+def test_on_a_page_too_thin_for_any_cell_nothing_is_found_and_nothing_learned():
+    """Three pixels wide: the centre of its only column of cells lies beyond it."""
+    model, sizes = trained(), torch.tensor([[64, 3], [64, 96]])
+    output = model(pages(), sizes, noised([WITH_BOXES, EMPTY]))
+    assert output.queries.real.tolist() == [[False] * 8, [True] * 8]
+    losses = criterion(output, [WITH_BOXES, EMPTY], model.decoder.w, LossConfig())
+    torch.stack([loss.sum() for loss in losses.values()]).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    with torch.no_grad():
+        thin, full = detect(model.eval()(pages(), sizes), [(64, 3), (64, 96)])
+    assert len(thin.scores) == 0
+    assert len(full.scores) == 24
+
+
+def test_a_score_that_is_not_a_number_is_not_taken_for_none():
+    [found] = detect(answer([[torch.nan], [-1e4], [0.0]], [[0.5] * 4] * 3), [(100, 100)])
+    assert found.scores.isnan().tolist() == [True, False]
+
+
 @pytest.mark.parametrize(("height", "width"), [(640, 480), (480, 640)])
 def test_upright_and_lying_pages_work(height: int, width: int):
     model = tiny_model().eval()
@@ -391,7 +423,7 @@ def test_denoising_queries_start_from_the_noised_boxes():
 
 def test_another_models_queries_do_not_change_the_ordinary_answers():
     model = trained()
-    theirs = Queries(torch.tensor([[3, 4, 5]] * 2), torch.full((2, 3, 4), 0.4))
+    theirs = Queries(torch.tensor([[3, 4, 5]] * 2), torch.full((2, 3, 4), 0.4), torch.ones(2, 3, dtype=torch.bool))
     plain, with_shared = model(pages()), model(pages(), shared=theirs)
     same(with_shared.refined, plain.refined)
     assert plain.shared is None
@@ -405,7 +437,7 @@ def test_shared_queries_are_answered_as_if_they_were_the_models_own():
 
 
 def test_shared_queries_start_from_the_other_models_places():
-    theirs = Queries(torch.tensor([[3, 4, 5]] * 2), torch.full((2, 3, 4), 0.4))
+    theirs = Queries(torch.tensor([[3, 4, 5]] * 2), torch.full((2, 3, 4), 0.4), torch.ones(2, 3, dtype=torch.bool))
     boxes = tiny_model()(pages(), shared=theirs).shared.boxes
     torch.testing.assert_close(boxes, torch.full_like(boxes, 0.4))
 
@@ -417,7 +449,7 @@ def answer(logits: list[list[float]], boxes: list[list[float]]) -> DFineOutput:
     """Of one page, one layer."""
     unread = torch.zeros(0)
     refined = Refinement(torch.tensor(logits)[None, None], torch.tensor(boxes)[None, None], unread, unread)
-    return DFineOutput(refined, Queries(unread, unread))
+    return DFineOutput(refined, Queries(unread, unread, unread))
 
 
 def test_detections_are_the_best_pairs_of_query_and_class():
@@ -516,12 +548,12 @@ def test_a_norm_whose_convolution_speaks_to_others_as_well_stays():
             super().__init__()
             self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
 
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor) -> list[Tensor]:
             x = self.conv(x)
-            return x + self.norm(x)
+            return [x + self.norm(x)]
 
     backbone = settled().backbone
-    backbone.body = Forked().eval()
+    backbone.body, backbone.indices = Forked().eval(), [0]
     x = torch.rand(1, 3, 8, 8)
     expected = backbone.body(x)
     backbone.merge()

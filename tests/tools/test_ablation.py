@@ -37,7 +37,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         if script == "evaluate.py":
             folder = Path(next(a for a in arguments if a.startswith("run_dir=")).partition("=")[2])
             folder.mkdir(parents=True)
-            (folder / "metrics.json").write_text('{"AP": 0.5}')
+            (folder / "teacher.metrics.json").write_text('{"AP": 0.5}')
             return
         config = yaml.safe_load(Path(arguments[1]).read_text())
         folder = Path(config["run_dir"])
