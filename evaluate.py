@@ -27,9 +27,7 @@ from dfine.training import engine
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--checkpoint", required=True, help="best.pt of a run, an ONNX file, published weights, or org/NAME"
-    )
+    parser.add_argument("--checkpoint", required=True, help="best.pt, an ONNX file, published weights, or org/NAME")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.val.images=pages/test")
     arguments = parser.parse_intermixed_args()
     model: DFine | OnnxModel
@@ -64,11 +62,7 @@ def main() -> None:
         print(table(metrics))
         folder = Path(settings.run_dir)
         folder.mkdir(parents=True, exist_ok=True)
-<<<<<<< HEAD
         name = checkpoint.stem if checkpoint.is_file() else checkpoint.name
-=======
-        name = checkpoint.stem if checkpoint.is_file() else checkpoint.name.partition("@")[0]
->>>>>>> w_weights
         (folder / f"{name}.metrics.json").write_text(json.dumps(metrics, indent=2))
         (folder / f"{name}.detections.json").write_text(json.dumps(detections))
     distributed.finish()
