@@ -62,7 +62,7 @@ def main() -> None:
         print(table(metrics))
         folder = Path(settings.run_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        name = checkpoint.stem if checkpoint.is_file() else checkpoint.name
+        name = checkpoint.stem if checkpoint.is_file() else checkpoint.name.partition("@")[0]
         (folder / f"{name}.metrics.json").write_text(json.dumps(metrics, indent=2))
         (folder / f"{name}.detections.json").write_text(json.dumps(detections))
     distributed.finish()
