@@ -9,7 +9,7 @@ import sys
 import torch
 
 from dfine import config, distributed
-from dfine.checkpoints.ours import load_teacher
+from dfine.checkpoints.loading import load_teacher
 from dfine.data.batches import evaluation_loader, train_loader
 from dfine.data.sources import open_source
 from dfine.distributed import say

@@ -1,7 +1,9 @@
 """COCO metrics of a checkpoint on `data.val`: `python evaluate.py --checkpoint runs/NAME/best.pt [key=value ...]`.
 
-For best.pt it writes best.metrics.json and best.detections.json (COCO results), beside the checkpoint or into `run_dir`
-where that is given. The metrics are those that the run itself wrote down.
+For best.pt it writes best.metrics.json and best.detections.json (COCO results), beside the checkpoint (into it where it
+is a folder, to runs/NAME where it is org/NAME on the hub) or into `run_dir` where that is given. The metrics are those
+that the run itself wrote down. Classes of published weights are those of the json that have the same name; what else
+such weights know is left out.
 """
 
 import argparse
@@ -12,42 +14,48 @@ from pathlib import Path
 import torch
 
 from dfine import config, distributed
-from dfine.checkpoints.ours import load_model
+from dfine.checkpoints.loading import load_model
 from dfine.config import ConfigError
 from dfine.data.batches import evaluation_loader
 from dfine.data.sources import open_source
 from dfine.distributed import say
-from dfine.inference.evaluation import coco_metrics, find, table
+from dfine.inference.evaluation import category_ids, coco_metrics, find, table
 from dfine.training import engine
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", required=True, type=Path, help="best.pt or last.pt of a run")
+    parser.add_argument("--checkpoint", required=True, help="best.pt of a run, published weights, or a name on the hub")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.val.images=pages/test")
     arguments = parser.parse_intermixed_args()
     model, settings, categories = load_model(arguments.checkpoint)
     for text in arguments.overrides:
         if text.startswith(("model", "loss", "distill")):
             raise ConfigError(f"override {text!r}: the model is the checkpoint's; set data, train and run_dir only")
-    settings = config.override(settings, [f"run_dir={arguments.checkpoint.parent}", *arguments.overrides])
+    checkpoint = Path(arguments.checkpoint)
+    beside = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    folder = beside if checkpoint.exists() else Path("runs", checkpoint.name.partition("@")[0])  # a name on the hub
+    settings = config.override(settings, [f"run_dir={folder}", *arguments.overrides])
 
     device = distributed.start()
     engine.prepare(settings)
     pages = open_source(settings.data.val, "data.val")
-    if pages.categories != categories:
-        raise ConfigError(f"data.val: has the categories {pages.categories}, {arguments.checkpoint} knows {categories}")
+    ids = category_ids(categories, pages.categories, arguments.checkpoint)
     say(pages.summary())
+    if None in ids:
+        unknown = ", ".join(c["name"] for c, number in zip(categories, ids, strict=True) if number is None)
+        say(f"left out, since data.val does not have them: {unknown}")
 
     model.to(device).to(memory_format=torch.channels_last)  # as in training: the same numbers to the last digit
-    detections = find(model, evaluation_loader(pages, settings), pages, settings.train.bf16)
+    loader = evaluation_loader(pages, settings)
+    detections = find(model, loader, pages, settings.train.bf16, category_ids=ids)
     if distributed.is_main():
         metrics = coco_metrics(pages.ground_truth(), detections)
         print(table(metrics))
         folder = Path(settings.run_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{arguments.checkpoint.stem}.metrics.json").write_text(json.dumps(metrics, indent=2))
-        (folder / f"{arguments.checkpoint.stem}.detections.json").write_text(json.dumps(detections))
+        (folder / f"{checkpoint.stem}.metrics.json").write_text(json.dumps(metrics, indent=2))
+        (folder / f"{checkpoint.stem}.detections.json").write_text(json.dumps(detections))
     distributed.finish()
 
 

@@ -93,7 +93,10 @@ class ModelConfig(Section):
     denoising: DenoisingConfig = DenoisingConfig()
     mean: Several[Share] = ()  # of RGB in [0, 1]; empty: what the backbone's timm weights were trained with
     std: Several[Positive] = Field(default=(), description="three positive numbers")
-    init_from: str = ""  # start from the weights of a checkpoint; class heads start anew where the classes differ
+    init_from: str = ""  # start from the weights of a checkpoint of any kind: see dfine/checkpoints/loading.py
+    # Classes that the checkpoint names too (case, `-`, `_` and spaces aside) keep their rows of the class heads and of
+    # the denoising embedding. False: unless all classes are the same, all of these start anew.
+    match_classes: bool = True
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -151,7 +154,7 @@ class GoLsdConfig(Section):
 class DistillConfig(Section):
     """Total loss: alpha x (class + box + GO-LSD) on the teacher's queries + beta x the losses of `loss`."""
 
-    teacher: str = ""  # a checkpoint of this project, with this run's strides and class names; for distill.py alone
+    teacher: str = ""  # a checkpoint (as model.init_from) with this run's strides and class names; for distill.py alone
     alpha: NonNegative = 1.0  # 0: the teacher is not asked
     beta: NonNegative = 1.0  # 0: the truth teaches nothing, query selection included
     classes: ClassDistillConfig = ClassDistillConfig()
@@ -191,6 +194,9 @@ class DataConfig(Section):
     short_edges: Edges = (480, 512, 544, 576, 608, 640)  # training draws one a batch
     eval_short_edge: Edge = 640
     max_long_edge: Edge = 928
+    # squash: every page gets one shape, as published weights want it, and the long edge has no limit
+    sizing: Literal["keep_aspect", "squash"] = "keep_aspect"
+    squash_aspect: Positive = 1.0  # height / width of squashed pages, whose shorter side is the short edge
     augment: AugmentConfig = AugmentConfig()
 
     @model_validator(mode="after")
@@ -207,7 +213,10 @@ class TrainConfig(Section):
     save_every: Whole = 1000  # steps between writing last.pt; 0: only at the end of each epoch
     eval_every: Whole = 2000  # steps between evaluations; 0: only at the end of each epoch
     learning_rate: Positive = 1e-4
-    backbone_factor: NonNegative = 1.0  # the backbone's learning rate, as a share of the rest's
+    # The backbone's learning rate, as a share of the rest's. 1 is the first design's, as are weight_decay and clip. Who
+    # fine-tunes strong weights takes less: D-FINE .5 (N, S), .1 (M), .05 (L), .01 (X) of 2e-4 to 8e-4, DEIMv2 with
+    # DINOv3 .025 of 5e-4, LT-DETR with DINOv3 ConvNeXt .05 of 5e-4; all with weight decay near 1e-4 and clip 0.1.
+    backbone_factor: NonNegative = 1.0
     # Learning rate (and so weight decay) of weight matrices under Muon (https://kellerjordan.github.io/posts/muon), as
     # a multiple of learning_rate, which all else keeps under AdamW; it saves steps from random weights. 0: AdamW alone.
     muon_factor: NonNegative = 0.0
@@ -215,7 +224,8 @@ class TrainConfig(Section):
     warmup: PartialShare = 0.02  # share of all steps
     weight_decay: NonNegative = 0.05  # none on norms and biases
     clip: Positive = 1.0  # gradient norm
-    accumulate: Count = 1  # batches per optimizer step
+    # Batches per optimizer step. Their losses are averaged, each over its own boxes: nearly, not quite, a larger batch.
+    accumulate: Count = 1
     ema_decay: PartialShare = 0.9999  # its limit: the average forgets faster while it is young
     freeze_backbone_steps: Whole = 0
     bf16: bool = True  # autocast on a GPU; boxes, softmax and losses stay in fp32
@@ -277,8 +287,8 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 def _yaml(text: str | bytes, subject: str = "") -> Any:
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-01
-        raise ConfigError(f"{subject}not YAML: {' '.join(str(error).split())}") from error
+    except Exception as error:  # also ValueError on a date such as 2026-13-01, IndexError, RecursionError, ...
+        raise ConfigError(f"{subject}not YAML: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def _field(path: Sequence[Any]) -> FieldInfo:

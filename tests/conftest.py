@@ -22,6 +22,7 @@ DEVIATIONS = pytest.StashKey[dict[str, Deviation]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--golden", type=Path, metavar="DIR", help="compare with the recorded numbers of this folder")
+    parser.addoption("--sizes", default="n", metavar="nsmlx", help="published sizes to compare with transformers")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -79,9 +79,9 @@ def test_every_gradient_in_fp32_is_the_cpus() -> None:
 @torch.no_grad()
 def answers(asked: DFine, device: torch.device, half: bool) -> tuple[Tensor, Tensor]:
     """Logits and boxes of every cell, in the cells' order. (B, S, C), (B, S, 4)"""
-    batch = pages().to(device)
+    batch = pages()
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        output = asked(batch.images, batch.sizes)
+        output = asked(batch.images.to(device), batch.sizes)
     order = output.queries.cells.argsort(1)
     return gather(output.refined.logits[-1], order).cpu(), gather(output.refined.boxes[-1], order).cpu()
 
@@ -97,8 +97,8 @@ def test_logits_and_boxes_are_the_cpus(half: bool, tolerance: float) -> None:
 def test_detections_in_fp32_are_the_cpus() -> None:
     found = []
     for device in (torch.device("cpu"), GPU):
-        batch = pages().to(device)
-        output = model().eval().to(device)(batch.images, batch.sizes)
+        batch = pages()
+        output = model().eval().to(device)(batch.images.to(device), batch.sizes)
         found += [page for page in detect(output, [(640, 960), (640, 800)], top=3)]
     for here, there in zip(found[:2], found[2:], strict=True):
         torch.testing.assert_close(there.scores.cpu(), here.scores, rtol=1e-3, atol=0)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 from coco_folder import CATEGORIES, annotation, image, write
+from published import publish_recorded
 from pycocotools.coco import COCO
 from scripts import TINY, evaluations, same
 from scripts import pages as coloured
@@ -18,7 +19,7 @@ from dfine.checkpoints import ours
 from dfine.config import AugmentConfig, Config, ConfigError, DataConfig, PagesConfig
 from dfine.data.sources import CocoPages
 from dfine.inference import evaluation
-from dfine.inference.evaluation import OFFICIAL, table
+from dfine.inference.evaluation import OFFICIAL, category_ids, table
 from dfine.model import detector
 from dfine.model.detector import DFine
 from dfine.structures import Detections
@@ -145,3 +146,43 @@ def test_a_mistake_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
     assert stopped.value.code == f"error: {tmp_path / 'none.pt'}: no such checkpoint"
+
+
+# Published weights, whose classes have numbers from 0
+
+
+@pytest.mark.parametrize("names", [("Table", "TEXT", "figure"), ("list", "text", "page number", "fig ure", "table")])
+def test_published_classes_are_those_of_the_same_name_and_others_are_left_out(names: tuple[str, ...]) -> None:
+    own = [{"id": i, "name": name} for i, name in enumerate(names)]
+    pages = sorted(CATEGORIES, key=lambda category: category["id"])
+    by_name = {"text": 1, "table": 3, "figure": 7, "fig ure": 7}
+    assert category_ids(own, pages, "DIR") == [by_name.get(name.lower()) for name in names]
+
+
+def test_published_classes_without_names_are_the_jsons_in_order_if_there_are_as_many() -> None:
+    pages = sorted(CATEGORIES, key=lambda category: category["id"])
+    assert category_ids([{"id": i, "name": str(i)} for i in range(3)], pages, "DIR") == [1, 3, 7]
+    with pytest.raises(ConfigError, match=r"data\.val: has text, table, figure, which DIR does not know: 0, 1$"):
+        category_ids([{"id": i, "name": str(i)} for i in range(2)], pages, "DIR")
+
+
+def test_a_published_folder_is_evaluated_on_a_json_with_other_ids(
+    tmp_path: Path, pages: PagesConfig, script: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = publish_recorded(tmp_path / "published")
+    for name, content in (
+        ("config.json", {"0": "List", "1": "Text", "2": "Table"}),
+        ("preprocessor_config.json", None),
+    ):
+        settings = json.loads((folder / name).read_text())
+        settings |= {"id2label": content} if content else {"size": {"height": 64, "width": 96}}
+        (folder / name).write_text(json.dumps(settings))
+    categories = [category for category in CATEGORIES if category["name"] != "figure"]
+    images, annotations = write(tmp_path / "two", [image(1, 90, 120)], [annotation(1, [5, 5, 40, 30], 3)], categories)
+    paths = [f"data.val.images={images}", f"data.val.annotations={annotations}", "data.workers=0"]
+    script("--checkpoint", folder, *paths)
+    assert "left out, since data.val does not have them: List" in capsys.readouterr().out
+    results = json.loads((folder / f"{folder.name}.detections.json").read_text())
+    assert {result["category_id"] for result in results} == {1, 3}
+    with pytest.raises(ConfigError, match=r"data\.val: has figure, which .* does not know: List, Text, Table"):
+        script("--checkpoint", folder, f"data.val.images={pages.images}", f"data.val.annotations={pages.annotations}")

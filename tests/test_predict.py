@@ -406,3 +406,12 @@ def test_a_json_that_cannot_give_ids_is_named_before_any_page_is_read(
     with pytest.raises(PageError, match=message):
         script(tmp_path / "none.png", "--coco", tmp_path / "coco.json")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [(), ("--fast",)])
+def test_fast_is_passed_on(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: Any) -> None:
+    asked, load = [], predict.load
+    monkeypatch.setattr(predict, "load", lambda path, fast: asked.append(fast) or load(path))
+    Image.fromarray(drawn_page()).save(tmp_path / "page.png")
+    script(tmp_path / "page.png", *arguments)
+    assert asked == [bool(arguments)]

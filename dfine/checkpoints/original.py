@@ -1,4 +1,4 @@
-"""Reads checkpoints of the original implementation (github.com/Peterande/D-FINE; N, S, M, L and X).
+"""Reads and writes checkpoints of the original implementation (github.com/Peterande/D-FINE; N, S, M, L and X).
 
     model = original.load("dfine_l_coco.pth")  # ready to detect the classes it was trained on
 
@@ -9,84 +9,106 @@ The original feeds images in [0, 1] as they are: mean 0, std 1. While training i
 norms of L and X; here they are ordinary ones, which in evaluation mode is the same.
 """
 
+import math
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from dfine.config import BackboneConfig, DecoderConfig, EncoderConfig, ModelConfig
+from dfine.checkpoints.names import renamed
+from dfine.checkpoints.ours import CheckpointError
+from dfine.config import BackboneConfig, DataConfig, DecoderConfig, EncoderConfig, ModelConfig
 from dfine.model.deformable_attention import DeformableAttention
 from dfine.model.detector import DFine, class_dependent
 from dfine.model.fdr import weighting_function
 
 State = dict[str, Tensor]
 
-ENCODER_HEADS = 8  # of every published size; the only number of the architecture that leaves no trace in the tensors
 # Computed from the config: compared with ours, not loaded.
 DERIVED = re.compile(r"^decoder\.(.+\.)?(anchors|valid_mask|up|reg_scale|num_points_scale)$")
 COUNTER = "num_batches_tracked"  # of batch norms, read by none; frozen batch norms have none
 
-# The original's names become ours by all of these in turn.
-RENAMES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
-    (r"^backbone\.stages\.", "backbone.body.stages_"),
-    (r"^backbone\.stem\.", "backbone.body.stem."),
-    (r"^encoder\.input_proj\.", "encoder.projections."),
-    (r"^encoder\.encoder\.0\.layers\.0\.", "encoder.aifi."),
-    (r"^encoder\.aifi\.self_attn\.", "encoder.aifi.attention."),
-    (r"^encoder\.lateral_convs\.", "encoder.laterals."),
-    (r"^encoder\.downsample_convs\.(\d+)\.0\.cv1\.", r"encoder.downsamples.\1.0."),
-    (r"^encoder\.downsample_convs\.(\d+)\.0\.cv2\.", r"encoder.downsamples.\1.1."),
-    (r"^encoder\.fpn_blocks\.", "encoder.top_down."),
-    (r"^encoder\.pan_blocks\.", "encoder.bottom_up."),
-    (r"^(encoder\.\w+\.\d+)\.cv1\.", r"\1.stem."),
-    (r"^(encoder\.\w+\.\d+)\.cv2\.", r"\1.first."),
-    (r"^(encoder\.\w+\.\d+)\.cv3\.", r"\1.second."),
-    (r"^(encoder\.\w+\.\d+)\.cv4\.", r"\1.head."),
-    (r"\.(first|second)\.0\.conv1\.", r".\1.0.deep.0."),
-    (r"\.(first|second)\.0\.conv2\.", r".\1.0.shallow."),
-    (r"\.bottlenecks\.(\d+)\.conv1\.", lambda m: f".deep.{int(m[1]) + 1}.conv3."),  # named by place; ours by kernel
-    (r"\.bottlenecks\.(\d+)\.conv2\.", lambda m: f".deep.{int(m[1]) + 1}.conv1."),
-    (r"^decoder\.input_proj\.", "projections."),
-    (r"^(encoder|projections)\.(.*)\.conv\.", r"\1.\2.0."),
-    (r"^(encoder|projections)\.(.*)\.norm\.", r"\1.\2.1."),
-    (r"^decoder\.decoder\.lqe_layers\.(\d+)\.reg_conf\.", r"decoder.lqe.\1.mlp."),
-    (r"^decoder\.decoder\.layers\.", "decoder.layers."),
-    (r"\.self_attn\.", ".self_attention."),
-    (r"\.cross_attn\.sampling_offsets\.", ".cross_attention.offsets."),
-    (r"\.cross_attn\.attention_weights\.", ".cross_attention.weights."),
-    (r"\.gateway\.", ".gate."),
-    (r"\.norm3\.", ".norm2."),
-    (r"\.linear1\.", ".feedforward.0."),
-    (r"\.linear2\.", ".feedforward.2."),
-    (r"^decoder\.denoising_class_embed\.", "denoising_labels."),
-    (r"^decoder\.query_pos_head\.", "decoder.position."),
-    (r"^decoder\.enc_output\.proj\.", "selection.project."),
-    (r"^decoder\.enc_output\.norm\.", "selection.norm."),
-    (r"^decoder\.enc_score_head\.", "selection.class_head."),
-    (r"^decoder\.enc_bbox_head\.", "selection.box_head."),
-    (r"^decoder\.dec_score_head\.", "decoder.class_heads."),
-    (r"^decoder\.dec_bbox_head\.", "decoder.edge_heads."),
-    (r"^decoder\.pre_bbox_head\.", "decoder.initial_box."),
-    (r"\.layers\.(\d+)\.(weight|bias)$", lambda m: f".{2 * int(m[1])}.{m[2]}"),  # of an MLP; ReLUs have numbers in ours
-]
+SQUASHED = DataConfig(sizing="squash", short_edges=(640,), eval_short_edge=640)  # as every published size was trained
+
+
+class Foreign(NamedTuple):
+    """A checkpoint of another implementation."""
+
+    state: State  # by the original's names
+    names: list[str] | None = None  # of the classes, in the order of their rows; None: it does not say
+    # The numbers of the architecture that leave no trace in the tensors, as in every published checkpoint.
+    encoder_heads: int = 8
+    queries: int = 300
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)  # of RGB in [0, 1]
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    data: DataConfig = SQUASHED
+    layout: str = "original"  # whose names the file has: a column of `names.TABLE`
+
+    @property
+    def classes(self) -> int:
+        return _rows(self.state, "decoder.enc_score_head.weight")
 
 
 def our_name(name: str) -> str:
     """The name in our model of a tensor of the original; where there is none, some name that our model lacks."""
-    for pattern, replacement in RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
+    return renamed(name, "original", "ours") or f"(none for {name})"
 
 
 def is_official(checkpoint: dict[str, Any]) -> bool:
     """Whether a loaded checkpoint is one of the original implementation."""
     state = _weights(checkpoint)
     return isinstance(state, dict) and "decoder.enc_score_head.weight" in state
+
+
+def opened(checkpoint: dict[str, Any]) -> Foreign:
+    """A loaded checkpoint of the original; it does not name its classes."""
+    return Foreign(_weights(checkpoint))
+
+
+@contextmanager
+def one_line(path: str | Path, foreign: Foreign) -> Iterator[None]:
+    """What is wrong with a checkpoint as one line that names the file, and its tensors as the file does.
+
+    Raises:
+        CheckpointError: instead of any other ValueError.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        said = (
+            error.errors()[0]["msg"].removeprefix("Value error, ") if isinstance(error, ValidationError) else str(error)
+        )
+        first, *others = said.splitlines()
+        text = f"{first} {first_few(others)}".strip().replace(" has no counterpart", " is missing")
+        text = re.sub(r"[\w.]+\w", lambda m: _name_in(foreign.layout, m[0]), text)
+        raise CheckpointError(f"{path}: {text}{kin(foreign.state)}") from error
+
+
+def first_few(lines: list[str]) -> str:
+    """Some of what is wrong, in one line."""
+    return "; ".join(lines[:5]) + (f"; ... ({len(lines)} in all)" if len(lines) > 5 else "")
+
+
+def _name_in(layout: str, name: str) -> str:
+    return renamed(name, "original", layout) or renamed(name, "ours", layout) or name
+
+
+def kin(names: Iterable[str]) -> str:
+    """Which relative of D-FINE tensors belong to, for people; empty if they may be D-FINE's."""
+    text = " ".join(names)
+    if "swish_ffn" in text:
+        return " (it is DEIMv2's)"
+    return " (it looks like RT-DETR's)" if ".value_proj." in text else ""
 
 
 def load(path: str | Path, classes: int | None = None) -> DFine:
@@ -101,12 +123,13 @@ def load(path: str | Path, classes: int | None = None) -> DFine:
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if not is_official(checkpoint):
         raise ValueError(f"{path}: not a checkpoint of the original implementation")
-    trained_on = _rows(_weights(checkpoint), "decoder.enc_score_head.weight")
-    model = DFine(model_config(checkpoint), classes or trained_on)
+    model = DFine(model_config(checkpoint), classes or opened(checkpoint).classes)
     state, anew = convert(checkpoint, model)
     model.load_state_dict(state, strict=False)
     if anew:
-        warnings.warn(f"{path} has another number of classes; start anew: {', '.join(anew)}", stacklevel=2)
+        warnings.warn(
+            f"{path} has not all that {model.classes} classes need; start anew: {', '.join(anew)}", stacklevel=2
+        )
     return model.eval()
 
 
@@ -115,38 +138,80 @@ def convert(checkpoint: dict[str, Any], model: DFine) -> tuple[State, list[str]]
 
     Returns:
         All of the model's state dict but what starts anew; the names of that: class heads and denoising embedding if
-        the number of classes differs, else none.
+        the number of classes differs, else only what the checkpoint lacks of these.
+    Raises:
+        ValueError: see `translated`.
+    """
+    foreign = opened(checkpoint)
+    state = translated(foreign, model)
+    anew = [name for name in class_dependent(model) if foreign.classes != model.classes or name not in state]
+    return {name: tensor for name, tensor in state.items() if name not in anew}, anew
+
+
+def translated(foreign: Foreign, model: DFine) -> State:
+    """The state dict of our model from another implementation's checkpoint.
+
+    Class heads and denoising embedding have a row for each class of the checkpoint, whatever classes the model has. The
+    embedding, which only training needs, may be missing.
+
     Raises:
         ValueError: names every tensor that does not map, every one of ours without a counterpart, and everything of
             the config that contradicts the checkpoint.
     """
-    theirs = _weights(checkpoint)
-    own = model.state_dict()
+    theirs, own = foreign.state, model.state_dict()
     names = {name: our_name(name) for name in theirs if not DERIVED.search(name)}
-    differ = _rows(theirs, "decoder.enc_score_head.weight") != model.selection.class_head.out_features
-    anew = class_dependent(model) if differ else []
+    shapes = {name: tensor.shape for name, tensor in own.items()}
+    for name in class_dependent(model):
+        rows = shapes[name][0] - model.classes + foreign.classes
+        shapes[name] = torch.Size((rows, *shapes[name][1:]))
 
     state = {name: tensor for name, tensor in own.items() if name.endswith(COUNTER)}
-    state |= {"mean": torch.zeros_like(own["mean"]), "std": torch.ones_like(own["std"])}
-    state |= {ours: theirs[name] for name, ours in names.items() if ours not in anew}
+    for name, numbers in (("mean", foreign.mean), ("std", foreign.std)):
+        state[name] = torch.tensor(numbers).view_as(own[name])
+    state |= {ours: theirs[name] for name, ours in names.items()}
     wrong = [f"{name} has no place" for name, ours in names.items() if ours not in own]
-    wrong += [f"{name} has no counterpart" for name in own if name not in state and name not in anew]
+    wrong += [f"{name} has no counterpart" for name in own if name not in state and name != "denoising_labels.weight"]
     for name, ours in names.items():
-        if ours in own and ours not in anew and theirs[name].shape != own[ours].shape:
-            wrong.append(f"{name} {tuple(theirs[name].shape)} does not fit {ours} {tuple(own[ours].shape)}")
-    wrong += _contradictions(theirs, model)
+        if ours in own and theirs[name].shape != shapes[ours]:
+            wrong.append(f"{name} {tuple(theirs[name].shape)} does not fit {ours} {tuple(shapes[ours])}")
+    wrong += _contradictions(foreign, model)
     if wrong:
-        raise ValueError("the original's checkpoint does not fit this model:\n" + "\n".join(wrong))
-    return state, anew
+        raise ValueError("the checkpoint does not fit this model:\n" + "\n".join(wrong))
+    return state
+
+
+def state_of(model: DFine, config: ModelConfig) -> State:
+    """A model's weights as the original saves them, with what it derives from its own config.
+
+    Left out are mean and std, which the original does not have: it feeds images in [0, 1] as they are. Its anchors are
+    those of images of 640x640 pixels.
+    """
+    own = model.state_dict()
+    state = {theirs: own[name] for name in own if (theirs := renamed(name, "ours", "original"))}
+    curve = {"up": torch.tensor([config.decoder.a]), "reg_scale": torch.tensor([1 / config.decoder.c])}
+    state |= {f"decoder.{part}{name}": x.clone() for name, x in curve.items() for part in ("", "decoder.")}
+    scale = torch.tensor([1 / points for points in config.decoder.points for _ in range(points)])
+    for layer in range(config.decoder.layers):
+        state[f"decoder.decoder.layers.{layer}.cross_attn.num_points_scale"] = scale.clone()
+    maps = [(640 // stride, 640 // stride) for stride in config.strides]
+    anchors, valid = model.selection.anchors(maps, None, model.mean)  # (1, S, 4), (1, S)
+    state["decoder.anchors"] = anchors.logit().masked_fill(~valid[..., None], torch.inf)
+    state["decoder.valid_mask"] = valid[..., None]
+    return state
 
 
 def model_config(checkpoint: dict[str, Any]) -> ModelConfig:
-    """The architecture of an official checkpoint, read off the names and shapes of its tensors.
+    """The architecture of an official checkpoint; see `architecture`."""
+    return architecture(opened(checkpoint))
+
+
+def architecture(foreign: Foreign) -> ModelConfig:
+    """The architecture of a checkpoint, read off the names and shapes of its tensors.
 
     Raises:
         ValueError: a tensor that tells the architecture is missing, or timm has no such backbone.
     """
-    state = _weights(checkpoint)
+    state = foreign.state
     levels = _count(state, r"encoder\.input_proj\.(\d+)\.")
     dim, encoder_dim = _rows(state, "decoder.enc_output.proj.weight"), _rows(state, "encoder.input_proj.0.conv.weight")
     return ModelConfig(
@@ -155,27 +220,28 @@ def model_config(checkpoint: dict[str, Any]) -> ModelConfig:
         hidden_dim=dim,
         encoder=EncoderConfig(
             hidden_dim=encoder_dim if encoder_dim != dim else 0,
-            heads=ENCODER_HEADS,
+            heads=foreign.encoder_heads,
             feedforward_dim=_rows(state, "encoder.encoder.0.layers.0.linear1.weight"),
             depth_mult=_count(state, r"encoder\.fpn_blocks\.0\.cv2\.0\.bottlenecks\.(\d+)\.") / 3,
             expansion=2 * _rows(state, "encoder.fpn_blocks.0.cv2.1.conv.weight") / encoder_dim,
         ),
-        decoder=decoder_config(state),
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
+        decoder=decoder_config(state, foreign.queries),
+        mean=foreign.mean,
+        std=foreign.std,
     )
 
 
-def decoder_config(state: State) -> DecoderConfig:
-    """The part of `model_config` that tensors under `decoder.` tell. The number of queries is not among it."""
+def decoder_config(state: State, queries: int = 300) -> DecoderConfig:
+    """The part of `architecture` that tensors under `decoder.` tell; they do not tell the number of queries."""
     layer = "decoder.decoder.layers.0."
-    points = tuple(_points(_tensor(state, f"{layer}cross_attn.num_points_scale")))
-    a, c = _curve(state)
+    points = _points(state, f"{layer}cross_attn.num_points_scale")
+    a, c = abs(_number(state, "decoder.up")), 1 / abs(_number(state, "decoder.reg_scale"))
     return DecoderConfig(
         heads=_rows(state, f"{layer}cross_attn.sampling_offsets.weight") // (2 * sum(points)),
         feedforward_dim=_rows(state, f"{layer}linear1.weight"),
         layers=_count(state, r"decoder\.decoder\.layers\.(\d+)\."),
         points=points,
+        queries=queries,
         bins=_rows(state, "decoder.dec_bbox_head.0.layers.2.weight") // 4 - 1,
         a=a,
         c=c,
@@ -188,9 +254,9 @@ def _weights(checkpoint: dict[str, Any]) -> Any:
     return average["module"] if isinstance(average, dict) and "module" in average else checkpoint.get("model")
 
 
-def _contradictions(state: State, model: DFine) -> Iterator[str]:
+def _contradictions(foreign: Foreign, model: DFine) -> Iterator[str]:
     """Where the model would load the weights but compute something else with them."""
-    decoder = decoder_config(state)
+    state, decoder = foreign.state, decoder_config(foreign.state)
     points = next(module.points for module in model.modules() if isinstance(module, DeformableAttention))
     w = weighting_function(decoder.bins, decoder.a, decoder.c).to(model.decoder.w)
     if w.shape == model.decoder.w.shape and not torch.allclose(w, model.decoder.w):
@@ -199,45 +265,64 @@ def _contradictions(state: State, model: DFine) -> Iterator[str]:
         twin = name.removeprefix("decoder.")
         if name in ("decoder.decoder.up", "decoder.decoder.reg_scale") and not tensor.equal(_tensor(state, twin)):
             yield f"{name} is not {twin}"
-        if name.endswith("num_points_scale") and tuple(_points(tensor)) != points:
-            yield f"{name} needs model.decoder.points={list(_points(tensor))}"
-    if model.encoder.aifi.attention.num_heads != ENCODER_HEADS:
-        yield f"encoder.encoder.0.layers.0.self_attn: needs model.encoder.heads={ENCODER_HEADS}"
+        if name.endswith("num_points_scale") and _points(state, name) != points:
+            yield f"{name} needs model.decoder.points={list(_points(state, name))}"
+    if model.encoder.aifi.attention.num_heads != foreign.encoder_heads:
+        yield f"encoder.encoder.0.layers.0.self_attn: needs model.encoder.heads={foreign.encoder_heads}"
 
 
-def _curve(state: State) -> tuple[float, float]:
-    """(a, c) of W(n); the original computes with the absolute values of up = a and reg_scale = 1 / c."""
-    return abs(_tensor(state, "decoder.up").item()), 1 / abs(_tensor(state, "decoder.reg_scale").item())
+def _number(state: State, name: str) -> float:
+    """up = a or reg_scale = 1 / c of W(n); the original computes with their absolute values."""
+    tensor = _tensor(state, name)
+    if tensor.numel() != 1 or not tensor.isfinite().all() or not tensor.any():
+        raise ValueError(f"{name} must be one number other than 0, found {tensor.flatten()[:5].tolist()}")
+    return tensor.item()
 
 
-def _points(scale: Tensor) -> Iterator[int]:
+def _points(state: State, name: str) -> tuple[int, ...]:
     """Sampled points of each level; a level of p points stores 1 / p for each of them."""
-    while len(scale):
-        points = round(1 / scale[0].item())
-        yield points
-        scale = scale[points:]
+    rest, points = _tensor(state, name).flatten().tolist(), []
+    while rest:
+        p = round(1 / rest[0]) if 0 < rest[0] < math.inf else 0
+        if not 1 <= p <= len(rest) or any(abs(p * x - 1) > 0.01 for x in rest[:p]):
+            raise ValueError(f"{name} must hold 1 / p for each of the p points of a level, found {rest[:5]}")
+        points.append(p)
+        rest = rest[p:]
+    return tuple(points)
 
 
 def _backbone(state: State) -> str:
     """The HGNetV2 of timm that has the checkpoint's tensors."""
     ours = {our_name(name): tensor for name, tensor in state.items() if name.startswith("backbone.")}
     shapes = {name.removeprefix("backbone.body."): x.shape for name, x in ours.items() if not name.endswith(COUNTER)}
-    for candidate in timm.list_models("hgnetv2_*"):
-        with torch.device("meta"):  # names and shapes without memory
-            body = timm.create_model(candidate, features_only=True).state_dict()
-        if {name: x.shape for name, x in body.items() if not name.endswith(COUNTER)} == shapes:
+    for candidate, its_shapes in _hgnets().items():
+        if its_shapes == shapes:
             return candidate
     raise ValueError(f"timm {timm.__version__} has no HGNetV2 with the {len(shapes)} tensors of this backbone")
 
 
+@cache
+def _hgnets() -> dict[str, dict[str, torch.Size]]:
+    """Names and shapes of the tensors of every HGNetV2 of timm."""
+    with torch.device("meta"):  # without memory
+        bodies = {name: timm.create_model(name, features_only=True) for name in timm.list_models("hgnetv2_*")}
+    return {
+        name: {key: x.shape for key, x in body.state_dict().items() if not key.endswith(COUNTER)}
+        for name, body in bodies.items()
+    }
+
+
 def _tensor(state: State, name: str) -> Tensor:
     if name not in state:
-        raise ValueError(f"the original's checkpoint lacks {name}")
+        raise ValueError(f"the checkpoint lacks {name}")
     return state[name]
 
 
 def _rows(state: State, name: str) -> int:
-    return _tensor(state, name).shape[0]
+    tensor = _tensor(state, name)
+    if not tensor.dim():
+        raise ValueError(f"{name} is a single number")
+    return tensor.shape[0]
 
 
 def _count(state: State, pattern: str) -> int:

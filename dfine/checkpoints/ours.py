@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dfine import config as configs
-from dfine.checkpoints import original
 from dfine.config import Config, ConfigError
-from dfine.model.detector import DFine, class_dependent
+from dfine.model.detector import DFine
 
 FOR_USE: dict[str, type] = {"ema": dict, "categories": list}  # with "config", what every checkpoint holds
 
@@ -118,7 +117,11 @@ def load_model(path: str | Path) -> tuple[DFine, Config, list[dict[str, Any]]]:
     Raises:
         CheckpointError: not a checkpoint of ours. ConfigError: its config is of another version.
     """
-    content = read(path)
+    return assembled(path, read(path))
+
+
+def assembled(path: str | Path, content: dict[str, Any]) -> tuple[DFine, Config, list[dict[str, Any]]]:
+    """What `load_model` returns, from what `read` has read."""
     config, categories = settings_of(path, content), content["categories"]
     try:
         model = bare_model(config, categories)
@@ -129,65 +132,6 @@ def load_model(path: str | Path) -> tuple[DFine, Config, list[dict[str, Any]]]:
         raise CheckpointError(f"{path}: does not fit the model of its own config at {wrong}")
     model.load_state_dict(content["ema"])
     return model.eval(), config, categories
-
-
-def load_teacher(config: Config, source: str, categories: list[dict[str, Any]]) -> DFine:
-    """The frozen model of `distill.teacher`, in evaluation mode; everything about it comes from its checkpoint.
-
-    Args:
-        config: the student's. source: the file it was read from, for messages. categories: of the student's pages.
-    Raises:
-        ConfigError: no teacher is named, or its strides or class names are not the student's; names both files.
-        CheckpointError: see `load_model`.
-    """
-    path = config.distill.teacher
-    if not path:
-        raise ConfigError(f"{source}: distill.teacher: name a checkpoint (to train without a teacher, use train.py)")
-    teacher, theirs, their_categories = load_model(path)
-    if theirs.model.strides != config.model.strides:
-        raise ConfigError(
-            f"distill.teacher: {path} has the strides {list(theirs.model.strides)}, the student of {source} has "
-            f"{list(config.model.strides)}: the teacher's queries are cells of its maps, so both need the same"
-        )
-    names, their_names = [c["name"] for c in categories], [c["name"] for c in their_categories]
-    if their_names != names:
-        pages = config.data.train.annotations or "the drawn pages"
-        raise ConfigError(
-            f"distill.teacher: {path} knows the classes {', '.join(their_names)}; {pages} (data.train of {source}) has "
-            f"{', '.join(names)}: both need the same in the same order"
-        )
-    return teacher.requires_grad_(False)
-
-
-def initialise(model: DFine, path: str, categories: list[dict[str, Any]]) -> str:
-    """Loads the weights of another run, or of the original implementation, into a new model.
-
-    Where the classes differ, class heads and denoising embedding start anew; anything else must fit.
-
-    Returns:
-        What was loaded and what starts anew, for people.
-    Raises:
-        CheckpointError: not a checkpoint, or it does not fit; names what does not.
-    """
-    content = read(path)
-    if original.is_official(content):
-        try:
-            state, anew = original.convert(content, model)
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {error}") from error
-        source = "the original implementation"
-    else:
-        require(path, content, FOR_USE)
-        state, theirs = content["ema"], [c["name"] for c in content["categories"]]
-        anew = [] if theirs == [c["name"] for c in categories] else class_dependent(model)
-        source = f"classes {', '.join(theirs)}"
-    state = {name: value for name, value in state.items() if name not in anew}
-    wrong = misfit(model, state, anew)
-    if wrong:
-        raise CheckpointError(f"{path}: does not fit this config's model at {wrong}")
-    model.load_state_dict(state, strict=False)
-    fresh = f"; start anew: {', '.join(anew)}" if anew else ""
-    return f"{path} ({source}): loaded {len(state)} of {len(model.state_dict())} tensors{fresh}"
 
 
 def misfit(model: nn.Module, state: dict[str, Tensor], anew: list[str] | None = None) -> str:

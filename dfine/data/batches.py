@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dfine import distributed
 from dfine.config import Config, DataConfig
 from dfine.data.sources import Source
-from dfine.data.transforms import PageError, augment, augmentation, canvas_of, fit, pad, resize
+from dfine.data.transforms import PageError, augment, augmentation, canvas_of, model_size, pad, sized
 from dfine.structures import Batch, Target
 
 
@@ -42,7 +42,7 @@ class PageDataset(Dataset):
     def __getitem__(self, key: PageKey) -> tuple[np.ndarray, Target]:
         page, labels, boxes = self.source.read(key.page)
         original = page.shape[:2]
-        page = resize(page, fit(original, key.short_edge, self.config.max_long_edge))
+        page = sized(page, key.short_edge, self.config)
         boxes = boxes * np.tile(np.array(page.shape[1::-1]) / original[::-1], 2)
         if self.augmentation is not None:
             seed = int(np.random.SeedSequence([self.seed, key.epoch, key.page]).generate_state(1)[0])
@@ -105,7 +105,7 @@ def evaluation_batches(sizes: list[tuple[int, int]], config: DataConfig, stride:
     """This process's share of batches of pages with equal canvas, so that no page is padded for another's sake."""
     groups: dict[tuple[int, int], list[int]] = {}
     for index, size in enumerate(sizes):
-        canvas = canvas_of([fit(size, config.eval_short_edge, config.max_long_edge)], stride)
+        canvas = canvas_of([model_size(size, config.eval_short_edge, config)], stride)
         groups.setdefault(canvas, []).append(index)
     batches = [
         [PageKey(index, config.eval_short_edge, 0) for index in group[first : first + config.batch_size]]

@@ -12,7 +12,7 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from dfine.config import AugmentConfig
+from dfine.config import AugmentConfig, DataConfig
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for its newest version
 import albumentations as A
@@ -102,6 +102,28 @@ def fit(size: tuple[int, int], short_edge: int, long_edge: int) -> tuple[int, in
     """
     scale = min(short_edge / min(size), long_edge / max(size))
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def model_size(size: tuple[int, int], short_edge: int, config: DataConfig) -> tuple[int, int]:
+    """The size at which a model sees a page, by `config.sizing`: as `fit` has it, or the same for all pages.
+
+    Args:
+        size: height, width of the page.
+    """
+    if config.sizing == "keep_aspect":
+        return fit(size, short_edge, config.max_long_edge)
+    return round(short_edge * max(1.0, config.squash_aspect)), round(short_edge * max(1.0, 1 / config.squash_aspect))
+
+
+def sized(page: np.ndarray, short_edge: int, config: DataConfig) -> np.ndarray:
+    """The page (H, W, 3) as the model sees it, (height, width, 3) of `model_size`.
+
+    Squashed pages are resized as published weights have it: bilinear, over all the pixels that become one.
+    """
+    size = model_size(page.shape[:2], short_edge, config)
+    if config.sizing == "keep_aspect":
+        return resize(page, size)
+    return np.array(Image.fromarray(page).resize(size[::-1], Image.Resampling.BILINEAR))
 
 
 def canvas_of(sizes: list[tuple[int, int]], stride: int) -> tuple[int, int]:

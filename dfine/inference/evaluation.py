@@ -3,7 +3,7 @@
 import contextlib
 import io
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ from torchvision.ops import box_convert
 from tqdm import tqdm
 
 from dfine import distributed
+from dfine.checkpoints.loading import listed, matched
+from dfine.config import ConfigError
 from dfine.data.sources import Source
 from dfine.model.detector import DFine, detect
 from dfine.structures import Batch, Detections
@@ -49,6 +51,7 @@ def find(
     pages: Source,
     bf16: bool = False,
     stop: Callable[[], bool] = lambda: False,
+    category_ids: Sequence[int | None] | None = None,
 ) -> list[dict[str, Any]]:
     """COCO results of all processes' pages: up to 300 a page, pages in the order of the json, the best first.
 
@@ -56,6 +59,8 @@ def find(
 
     Args:
         batches: this process's share of the pages. bf16: autocast, on a GPU. stop: asked before each batch.
+        category_ids: the json's id of each class of the model, None to leave a class out; by default the classes are
+            the json's categories in order.
     Returns:
         On the main process image_id, category_id (the json's), bbox (xywh in pixels of the original image) and score;
         an empty list on the others.
@@ -81,7 +86,7 @@ def find(
         everywhere |= part
     if not distributed.is_main():
         return []
-    category_ids = [category["id"] for category in pages.categories]
+    category_ids = category_ids or [category["id"] for category in pages.categories]
     return [result for image_id in pages.ids for result in coco_results(image_id, everywhere[image_id], category_ids)]
 
 
@@ -97,7 +102,33 @@ def finite(found: Detections, page: str) -> Detections:
     return found
 
 
-def coco_results(image_id: int, found: Detections, category_ids: list[int]) -> list[dict[str, Any]]:
+def category_ids(own: list[dict[str, Any]], pages: list[dict[str, Any]], checkpoint: str) -> list[int | None]:
+    """The id among the pages' categories of each class of a model; None: the pages do not have the class.
+
+    Published weights number their classes from 0, which says nothing about a json: these go by name, or by number if
+    they have no names and the json as many classes.
+
+    Args:
+        own, pages: categories of the model and of the pages. checkpoint: of the model, for messages.
+    Raises:
+        ConfigError: a checkpoint of a run has other categories, or published weights lack one; names both sides.
+    """
+    if own == pages:
+        return [category["id"] for category in own]
+    if [category["id"] for category in own] != list(range(len(own))):
+        raise ConfigError(f"data.val: has the categories {pages}, {checkpoint} knows {own}")
+    names = [category["name"] for category in own]
+    if names == [str(i) for i in range(len(pages))]:
+        return [category["id"] for category in pages]
+    labels = matched(names, [category["name"] for category in pages])
+    if None in labels:
+        unknown = [category["name"] for category, label in zip(pages, labels, strict=True) if label is None]
+        raise ConfigError(f"data.val: has {', '.join(unknown)}, which {checkpoint} does not know: {listed(names)}")
+    ids = {label: category["id"] for category, label in zip(pages, labels, strict=True)}
+    return [ids.get(label) for label in range(len(own))]
+
+
+def coco_results(image_id: int, found: Detections, category_ids: Sequence[int | None]) -> list[dict[str, Any]]:
     """Detections of one page as COCO results: bbox in pixels to three decimals, scores to six."""
     xywh = box_convert(found.boxes.double(), "xyxy", "xywh").tolist()
     return [
@@ -108,6 +139,7 @@ def coco_results(image_id: int, found: Detections, category_ids: list[int]) -> l
             "score": round(score, 6),
         }
         for label, box, score in zip(found.labels.tolist(), xywh, found.scores.tolist(), strict=True)
+        if category_ids[label] is not None
     ]
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.ops import nms
 
-from dfine.checkpoints.ours import load_model
+from dfine.checkpoints.loading import load_model
 from dfine.config import DataConfig
 from dfine.data.batches import PageLoader, leave_signals_to_the_main_process
 from dfine.data.sources import Source
-from dfine.data.transforms import PageError, as_page, canvas_of, fit, pad, resize
+from dfine.data.transforms import PageError, as_page, canvas_of, pad, sized
 from dfine.inference.documents import DPI, Place, boxes_in_points, is_one_page, list_pages, read
 from dfine.inference.evaluation import finite
 from dfine.inference.pictures import draw, grid
@@ -174,7 +174,8 @@ def load(checkpoint: str | Path, device: str | torch.device | None = None, fast:
     """A detector from a checkpoint: `detector = dfine.load("runs/quickstart/best.pt")`.
 
     Args:
-        checkpoint: best.pt or last.pt of a run.
+        checkpoint: best.pt or last.pt of a run, a .pth of the original, or published weights: a folder, a file, or a
+            name on the Hugging Face hub such as "docling-project/docling-layout-egret-medium".
         device: such as "cuda"; None: a GPU if there is one.
         fast: half precision, and compiled on a GPU: for many pages (see `DFine.deploy`).
     Raises:
@@ -219,8 +220,8 @@ class Reader(Dataset):
         except PageError as error:
             return Failed(number, error)
         size = pixels.shape[:2]
-        sized = resize(pixels, fit(size, self.data.eval_short_edge, self.data.max_long_edge))
-        return Prepared(number, torch.from_numpy(sized), size, place, to_points)
+        seen = sized(pixels, self.data.eval_short_edge, self.data)
+        return Prepared(number, torch.from_numpy(seen), size, place, to_points)
 
 
 def as_array(page: Any, number: int) -> np.ndarray:

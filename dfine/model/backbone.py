@@ -1,6 +1,7 @@
 """Any timm `features_only` model at the configured strides."""
 
 import difflib
+import math
 from collections import Counter
 from typing import Any
 
@@ -35,11 +36,16 @@ class Backbone(nn.Module):
             if not hasattr(body, "set_grad_checkpointing"):
                 raise ConfigError(f"model.backbone.checkpointing: timm offers none for the maps of {config.name}")
             body.set_grad_checkpointing()
+            for part in body.children():  # timm <= 1.0.30 would recompute from overwritten activations
+                if hasattr(part, "inplace"):
+                    part.inplace = False
         faster_depthwise(body)
-        self.body, self.stride = body, strides[-1]
+        self.body = body
         self.channels_behind = getattr(body, "output_fmt", Format.NCHW) == Format.NHWC
         self.channels = [body.feature_info.channels()[i] for i in self.indices]
         pretrained_cfg = timm.get_pretrained_cfg(config.name)
+        side = pretrained_cfg.input_size[-1] if pretrained_cfg else 224
+        self.side = math.ceil(side / strides[-1]) * strides[-1]  # where a model takes one size alone, it is this one
         self.mean = tuple(pretrained_cfg.mean) if pretrained_cfg else (0.485, 0.456, 0.406)  # ImageNet's
         self.std = tuple(pretrained_cfg.std) if pretrained_cfg else (0.229, 0.224, 0.225)
 
@@ -70,6 +76,8 @@ class Backbone(nn.Module):
             nodes = ConvNormTracer().trace(self.body).nodes
         except (fx.proxy.TraceError, TypeError, RuntimeError):  # its forward depends on what it is fed
             return
+        if not any(isinstance(module, nn.BatchNorm2d) for module in self.modules()):
+            return
         before, replaced = self._maps_of_random_page(), dict[str, nn.Module]()
         for node in nodes:
             source = node.args[0] if node.op == "call_module" else None
@@ -92,8 +100,8 @@ class Backbone(nn.Module):
             return self(self._random_page())
 
     def _random_page(self) -> Tensor:
-        """Normalised noise; as large as the last map has 4x4 cells. Leaves torch's global generator alone."""
-        page = torch.randn(1, 3, 4 * self.stride, 4 * self.stride, generator=torch.Generator().manual_seed(0))
+        """Normalised noise in the size of timm's weights. Leaves torch's global generator alone."""
+        page = torch.randn(1, 3, self.side, self.side, generator=torch.Generator().manual_seed(0))
         return page.to(next(self.parameters()))
 
 

@@ -4,7 +4,8 @@ Times are medians over repeats after a warm-up, with the lowest and the highest 
 bf16 on a GPU, and with `train.bf16_cpu=true` on a CPU. Pages are noise with random boxes of random classes: only
 matching asks what is on them. Without `--config` the model is the default one around a ConvNeXt-T; weights are always
 random. `--peer` adds a comparison with the D-FINE of `transformers` (the extra `bench`), see `dfine.tools.peer`.
-With `distill.teacher=PATH` it also says what a step of distill.py costs beside one of train.py.
+With `distill.teacher=PATH` it also says what a step of distill.py costs beside one of train.py. `--roofline` does not
+time, but counts: how far from a card's limits a training step is, see `dfine.tools.roofline`.
 """
 
 import argparse
@@ -22,10 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from dfine import config as configs
-from dfine.checkpoints.ours import load_model, load_teacher
+from dfine.checkpoints.loading import load_model, load_teacher
 from dfine.config import Config, ConfigError
 from dfine.data.batches import train_loader
 from dfine.data.sources import open_source
@@ -33,11 +33,10 @@ from dfine.data.synthetic.pages import write_folder
 from dfine.losses.criterion import stack
 from dfine.losses.distillation import active
 from dfine.losses.matcher import match
-from dfine.model.denoising import freshly_noised
 from dfine.model.detector import DFine, detect
+from dfine.tools.roofline import Card, account_of, card, roofline, size_of_model, step_flops
 from dfine.tools.stopwatch import Stopwatch, measure, spread
 from dfine.tools.workload import (
-    CLASSES,
     Case,
     answers,
     built,
@@ -72,6 +71,7 @@ def inference(settings: Config, case: Case, device: torch.device, repeats: int) 
     """From pixels to detections: the model as trained, deployed, and deployed as recommended on a GPU."""
     batch = made_up(case, device)
     sizes = [target.size for target in batch.targets]
+    valid = torch.tensor(sizes)  # on the CPU, as in evaluation
     plain = built(settings, case.queries, device).eval()
     forms = {"inference": plain}
     forms["inference, deploy()"] = built(settings, case.queries, device).deploy()
@@ -81,7 +81,7 @@ def inference(settings: Config, case: Case, device: torch.device, repeats: int) 
 
         @torch.inference_mode()
         def run(watch: Stopwatch, model: DFine = model) -> None:
-            detect(model(batch.images, batch.sizes), sizes)
+            detect(model(batch.images, valid), sizes)
             watch.mark("detections")
 
         times[name] = measure(run, device, repeats)["whole"]
@@ -147,27 +147,6 @@ def matmul_rate(device: torch.device, precision: torch.autocast) -> float:
         watch.mark("matmul")
 
     return 2 * size**3 / (1e-3 * statistics.median(measure(multiply, device, 10)["matmul"]))
-
-
-def step_flops(settings: Config, case: Case) -> int:
-    """FLOPs of a training step: three times those of the forward pass, as is usual; counted, not run.
-
-    (The counter's own number for the backward pass is many times too high where convolutions are depthwise.)
-    """
-    model = built(settings, case.queries, torch.device("cpu")).train().to("meta")
-    batch = made_up(case, torch.device("cpu")).to(torch.device("meta"))
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(batch.images, None, freshly_noised(batch.targets, CLASSES, settings.model.denoising))
-    return 3 * counter.get_total_flops()
-
-
-def size_of_model(settings: Config, height: int, width: int) -> dict[str, float]:
-    """Parameters in millions, and GFLOPs of inference on one page (a product and its sum are 2); counted, not run."""
-    model = built(settings, settings.model.decoder.queries, torch.device("cpu")).eval().to("meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, 3, height, width, device="meta"))
-    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    return {"parameters_M": millions, "gflops": counter.get_total_flops() / 1e9}
 
 
 def data_loading(settings: Config, case: Case, repeats: int) -> dict[str, list[float]]:
@@ -247,6 +226,16 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def accounts(settings: Config, cases: list[Case], device: torch.device, card: Card, repeats: int) -> str:
+    """The roofline of each case as Markdown; where there is a GPU, with the share of its rates that is reached."""
+    tables = []
+    for case in cases:
+        times = training(settings, case, device, repeats) if device.type == "cuda" else {}
+        medians = {part: spread(spans)[0] for part, spans in times.items()}
+        tables.append(f"{case}\n\n{account_of(roofline(settings, case, device, card), medians)}\n")
+    return "\n".join(tables)
+
+
 def case_of(row: dict[str, Any]) -> Case:
     return Case(*(row[field] for field in Case._fields))
 
@@ -266,6 +255,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--models", type=Path, nargs="+", default=[], help="configs whose models' sizes are shown")
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("--peer", action="store_true", help="compare with transformers as well")
+    parser.add_argument("--roofline", action="store_true", help="count FLOPs, bytes and launches instead of timing")
+    parser.add_argument(
+        "--card", type=card, default="h100", help="its roofline; or TFLOP/s,TFLOP/s,GB/s (default: h100)"
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[2], help="pages a batch (default: 2)")
     parser.add_argument("--size", type=size, nargs="+", default=[(640, 480)], metavar="HxW", help="default: 640x480")
     parser.add_argument("--boxes", type=int, nargs="+", default=[40], help="boxes a page (default: 40)")
@@ -295,6 +288,9 @@ def main() -> None:
             arguments.batch, arguments.size, arguments.boxes, arguments.queries
         )
     ]
+    if arguments.roofline:
+        print(accounts(settings, cases, device, arguments.card, arguments.repeats))
+        return
     report: dict[str, Any] = {
         "machine": {
             "device": torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, no GPU",

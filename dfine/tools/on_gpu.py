@@ -31,7 +31,8 @@ from dfine.losses.criterion import criterion
 from dfine.model.denoising import freshly_noised
 from dfine.model.detector import DFine, detect
 from dfine.structures import Batch, Detections
-from dfine.tools.benchmark import inference, matmul_rate, step_flops
+from dfine.tools.benchmark import inference, matmul_rate
+from dfine.tools.roofline import CARDS, step_flops
 from dfine.tools.stopwatch import Stopwatch, measure
 from dfine.tools.workload import Case, built, made_up, step
 from dfine.training import engine, optim
@@ -93,9 +94,9 @@ def answer(
     noise = freshly_noised(batch.targets, model.classes, settings.model.denoising)  # drawn on the CPU, for both
     assert noise is not None
     noise = noise._replace(labels=noise.labels.to(device), boxes=noise.boxes.to(device))
-    model, batch = copy.deepcopy(model).to(device), batch.to(device)
+    model, sizes, batch = copy.deepcopy(model).to(device), batch.sizes, batch.to(device)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
-        found = detect(model.eval()(batch.images, batch.sizes), [t.size for t in batch.targets], top=20)
+        found = detect(model.eval()(batch.images, sizes), [t.size for t in batch.targets], top=20)
         output = model.train()(batch.images, batch.sizes, noise)
     terms = criterion(output, batch.targets, model.decoder.w, settings.loss)
     return {k: v.sum().item() for k, v in terms.items()}, [Detections(*(x.cpu() for x in page)) for page in found]
@@ -149,15 +150,26 @@ def benchmark(work: Path) -> None:
     tell(**json.loads((work / "benchmark.json").read_text()))
 
 
+def roofline(_: Path) -> None:
+    """Whether the account of a step holds: its floor, and the share of it that is reached."""
+    name = torch.cuda.get_device_name().lower().replace(" ", "")
+    card = next((card for card in CARDS if card in name), "h100")
+    for config in ("teacher", "student_tiny"):
+        arguments = ["--roofline", "--card", card, "--batch", "16", "--size", "832x640", "--repeats", "5"]
+        printed = run("-m", "dfine.tools.benchmark", "--config", f"configs/{config}.yaml", *arguments)
+        tell(model=config, card=card, account=printed.splitlines())
+
+
 PARTS: dict[str, tuple[int, Callable[[Path], None]]] = {  # seconds at most, by what is to be known first
-    "tests": (100, tests),
+    "tests": (90, tests),
     "quickstart": (60, quickstart),
     "values": (40, values),
-    "step": (70, partial(steps, False)),
+    "step": (60, partial(steps, False)),
     "latencies, 1 page": (80, partial(latencies, 1)),
-    "latencies, 32 pages": (80, partial(latencies, 32)),
+    "latencies, 32 pages": (70, partial(latencies, 32)),
     "step, compiled": (80, partial(steps, True)),
-    "benchmark": (80, benchmark),
+    "roofline": (40, roofline),
+    "benchmark": (60, benchmark),
 }
 
 

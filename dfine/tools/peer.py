@@ -133,9 +133,10 @@ def against_peer(settings: Config, case: Case, device: torch.device, repeats: in
     }
     rows = [race(what, *pair, device, repeats) for what, pair in ours.items()]
     other.eval()
+    valid = torch.tensor([target.size for target in batch.targets])  # on the CPU, as in evaluation
     for what, fast in (("inference, deploy()", False), ("inference, deploy(fast=True)", True)):
         deployed = built(settings, case.queries, device).deploy(fast)
         with torch.inference_mode():
-            answer, their_answer = partial(deployed, batch.images, batch.sizes), partial(other, pixel_values=images)
+            answer, their_answer = partial(deployed, batch.images, valid), partial(other, pixel_values=images)
             rows.append(race(what, answer, their_answer, device, repeats))
     return [{**case._asdict(), **row} for row in rows]

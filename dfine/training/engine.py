@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dfine import distributed
-from dfine.checkpoints.ours import bare_model, initialise
+from dfine.checkpoints.loading import initialise
+from dfine.checkpoints.ours import bare_model
 from dfine.config import Config, ConfigError, TrainConfig
 from dfine.data.batches import TrainBatches, WorkerError
 from dfine.data.sources import Source
@@ -59,7 +60,7 @@ def build(config: Config, categories: list[dict[str, Any]], device: torch.device
     else:
         model = DFine(config.model, len(categories))
         if config.model.init_from:
-            say(initialise(model, config.model.init_from, categories))
+            say(initialise(model, config.model.init_from, categories, config.model.match_classes))
     return model.to(device).to(memory_format=torch.channels_last)  # convolutions are faster so
 
 

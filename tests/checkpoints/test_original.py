@@ -9,7 +9,7 @@ import torch
 from tiny import tiny_model
 from torch import Tensor
 
-from dfine.checkpoints import original, ours
+from dfine.checkpoints import loading, original
 from dfine.model.detector import DFine
 
 POINTS = {"n": (6, 6)}  # the others have (3, 6, 3)
@@ -131,7 +131,7 @@ def test_with_other_classes_their_heads_and_embedding_start_anew_and_it_says_so(
 
 def test_training_starts_from_a_published_checkpoint(nano_checkpoint: Path, model: DFine):
     """`model.init_from=PATH`"""
-    said = ours.initialise(model, str(nano_checkpoint), [{"id": i, "name": str(i)} for i in range(80)])
+    said = loading.initialise(model, str(nano_checkpoint), [{"id": i, "name": str(i)} for i in range(80)])
     assert "the original implementation" in said
     assert "anew" not in said
 

@@ -14,7 +14,7 @@ from processes import gone, launch
 
 from dfine import distributed
 from dfine.config import AugmentConfig, Config, DataConfig, TrainConfig
-from dfine.data.batches import PageKey, TrainBatches, evaluation_batches, evaluation_loader, train_loader
+from dfine.data.batches import PageDataset, PageKey, TrainBatches, evaluation_batches, evaluation_loader, train_loader
 from dfine.data.sources import CocoPages
 from dfine.data.transforms import canvas_of, fit
 
@@ -126,6 +126,19 @@ def test_a_page_is_augmented_by_seed_epoch_and_page_whoever_loads_it(tmp_path: P
         assert all(torch.equal(a.boxes, b.boxes) for a, b in zip(batch.targets, other.targets, strict=True))
 
 
+def test_a_page_is_augmented_otherwise_in_every_epoch_and_with_every_seed(tmp_path: Path) -> None:
+    images, file = write(tmp_path, [image(1, 60, 60)], [annotation(1, [20, 20, 20, 20])])
+    noise = np.random.default_rng(1).integers(0, 255, (60, 60, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(images / "1.png")
+    source = CocoPages(images, file)
+    always = AugmentConfig(rotation_p=1.0, noise_p=1.0)
+    data = DataConfig(batch_size=2, short_edges=(64,), augment=always)
+    keys = [(seed, PageKey(0, 64, epoch)) for seed in range(2) for epoch in range(3)]
+    pages = [PageDataset(source, data, seed, training=True)[key] for seed, key in keys]
+    assert len({page.tobytes() for page, _ in pages}) == 6
+    assert len({tuple(target.boxes.flatten().tolist()) for _, target in pages}) == 6
+
+
 def test_a_batch_lays_pages_in_the_upper_left_corner_and_says_how_large_they_are(tmp_path: Path) -> None:
     source = CocoPages(*write(tmp_path, [image(1, 100, 110), image(2, 98, 100)], []))
     config = Config(data=SMALL)
@@ -161,3 +174,27 @@ def test_workers_end_with_their_process_even_in_the_middle_of_a_batch(tmp_path: 
     process.join()
     assert process.pid is not None
     assert gone(process.pid)
+
+
+def test_boxes_of_squashed_pages_lie_on_the_same_ink_and_no_page_is_padded(tmp_path: Path) -> None:
+    files = write(tmp_path, [image(1, 40, 100), image(2, 100, 40)], [annotation(i, [10, 20, 20, 10]) for i in (1, 2)])
+    for number in (1, 2):
+        page = np.full((100, 40, 3) if number == 1 else (40, 100, 3), 255, np.uint8)
+        page[20:30, 10:30] = 0
+        Image.fromarray(page).save(files[0] / f"{number}.png")
+    still = AugmentConfig(**{name: 0.0 for name in AugmentConfig.model_fields if name.endswith("_p")})
+    squash = SMALL.model_copy(
+        update={"sizing": "squash", "augment": still, "short_edges": (64,), "eval_short_edge": 64}
+    )
+    config = Config(data=squash)
+    pages = CocoPages(*files)
+    for loader in (train_loader(pages, config)[0], evaluation_loader(pages, config)):
+        (batch,) = loader
+        assert batch.images.shape == (2, 3, 64, 64)
+        assert batch.sizes.tolist() == [[64, 64]] * 2
+        for picture, target in zip(batch.images, batch.targets, strict=True):
+            rows, columns = ((picture[0] < 128).any(axis).nonzero()[:, 0] for axis in (1, 0))
+            ink = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            x, y, w, h = (64 * target.boxes[0]).tolist()
+            np.testing.assert_allclose([x - w / 2, y - h / 2, x + w / 2, y + h / 2], ink, atol=1)
+            assert target.size in ((100, 40), (40, 100))

@@ -8,10 +8,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, PngImagePlugin, features
+from torchvision.transforms.v2.functional import resize as resize_image
 
 from dfine.boxes import cxcywh_to_xyxy
-from dfine.config import AugmentConfig
-from dfine.data.transforms import THINNEST, PageError, augment, augmentation, canvas_of, fit, pad, read_page, resize
+from dfine.config import AugmentConfig, DataConfig
+from dfine.data.transforms import (
+    THINNEST,
+    PageError,
+    augment,
+    augmentation,
+    canvas_of,
+    fit,
+    model_size,
+    pad,
+    read_page,
+    resize,
+    sized,
+)
 
 NONE = {name: 0.0 for name in AugmentConfig.model_fields if name.endswith("_p")}
 ALL = dict.fromkeys(NONE, 1.0)
@@ -33,6 +46,30 @@ ALL = dict.fromkeys(NONE, 1.0)
 def test_a_page_keeps_its_aspect_within_both_edges(size: tuple[int, int], expected: tuple[int, int]) -> None:
     assert fit(size, 640, 928) == expected
     assert fit(size[::-1], 640, 928) == expected[::-1]
+
+
+@pytest.mark.parametrize(("aspect", "expected"), [(1.0, (64, 64)), (0.75, (64, 85)), (1.5, (96, 64))])
+def test_squashed_pages_all_get_one_shape(aspect: float, expected: tuple[int, int]) -> None:
+    config = DataConfig(sizing="squash", squash_aspect=aspect)
+    for size in ((400, 100), (100, 400), (30, 30), (64, 64)):
+        assert model_size(size, 64, config) == expected
+        page = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
+        assert sized(page, 64, config).shape == (*expected, 3)
+
+
+def test_squashed_pages_are_interpolated_over_all_pixels_that_become_one() -> None:
+    """As published weights have it: bilinear and antialiased."""
+    page = np.random.default_rng(0).integers(0, 255, (300, 90, 3), dtype=np.uint8)
+    expected = resize_image(torch.from_numpy(page).permute(2, 0, 1), [64, 64], antialias=True)
+    found = torch.from_numpy(sized(page, 64, DataConfig(sizing="squash"))).permute(2, 0, 1)
+    assert (found.int() - expected.int()).abs().max() <= 1
+
+
+def test_pages_that_keep_their_aspect_are_fitted() -> None:
+    page = np.random.default_rng(0).integers(0, 255, (300, 200, 3), dtype=np.uint8)
+    config = DataConfig(max_long_edge=700)
+    assert model_size((300, 200), 640, config) == fit((300, 200), 640, 700)
+    np.testing.assert_array_equal(sized(page, 64, config), resize(page, (96, 64)))
 
 
 def test_the_canvas_holds_all_pages_and_is_a_multiple_of_the_stride() -> None:

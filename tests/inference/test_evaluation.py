@@ -143,6 +143,18 @@ def test_labels_go_back_to_the_category_ids_of_the_json_and_boxes_to_xywh() -> N
     ]
 
 
+def test_scores_that_differ_by_a_millionth_are_told_apart() -> None:
+    scores = torch.tensor([0.123457, 0.123456], dtype=torch.float64)
+    results = coco_results(5, Detections(scores, torch.tensor([0, 0]), torch.zeros(2, 4)), [1])
+    assert [result["score"] for result in results] == [0.123457, 0.123456]
+
+
+def test_on_a_cpu_pages_are_evaluated_in_full_precision_whatever_a_gpu_would_do(pages: PagesConfig) -> None:
+    source = CocoPages(pages.images, pages.annotations)
+    loader = evaluation_loader(source, settings(pages))
+    assert find(model(), loader, source, bf16=True) == find(model(), loader, source, bf16=False)
+
+
 def test_the_table_shows_all_classes_and_a_dash_where_there_is_no_truth(tmp_path: Path) -> None:
     lines = table(coco_metrics(truth(tmp_path, THREE), found(THREE))).splitlines()
     assert lines[0].split() == [*OFFICIAL, "AP_300"]

@@ -247,3 +247,8 @@ def test_batches_are_of_equal_canvas_and_no_page_waits_long() -> None:
         assert len({(sizes[number][0] + 31) // 32 * 32 + (sizes[number][1] + 31) // 32 for number in batch}) == 1
     latest = max(number for batch in batches[: batches.index([0])] for number in batch)
     assert latest <= 16  # page 0 is the only one of its kind for a while
+
+
+def test_fast_means_half_precision(best: Path) -> None:
+    kinds = {fast: next(dfine.load(best, "cpu", fast=fast).model.encoder.parameters()).dtype for fast in (False, True)}
+    assert kinds == {False: torch.float32, True: torch.bfloat16}

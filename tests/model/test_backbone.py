@@ -55,13 +55,12 @@ def test_mean_and_std_are_those_the_weights_were_trained_with():
     assert untrained("test_convnext").mean == untrained("test_convnext").std == (0.5, 0.5, 0.5)
 
 
-def test_checkpointing_trades_time_for_memory_and_changes_no_gradient():
+@pytest.mark.parametrize("name", ["test_convnext", "test_resnet"])
+def test_checkpointing_trades_time_for_memory_and_changes_no_gradient(name: str):
     gradients = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        backbone = Backbone(
-            BackboneConfig(name="test_convnext", pretrained=False, checkpointing=checkpointing), (8, 16, 32)
-        )
+        backbone = Backbone(BackboneConfig(name=name, pretrained=False, checkpointing=checkpointing), (8, 16, 32))
         sum(x.square().sum() for x in backbone(torch.linspace(0, 1, 3 * 64 * 64).view(1, 3, 64, 64))).backward()
         gradients.append([parameter.grad for parameter in backbone.parameters()])
     for plain, checkpointed in zip(*gradients, strict=True):

@@ -1,12 +1,14 @@
 """Optimizers, what they train, and the average of the weights."""
 
+import math
+
 import pytest
 import torch
 from timm.utils import ModelEmaV3
 from tiny import shaken, tiny_model
 
 from dfine.config import TrainConfig
-from dfine.training.optim import Average, optimizer, parameter_groups, set_learning_rate
+from dfine.training.optim import Average, learning_rate, optimizer, parameter_groups, set_learning_rate
 
 
 def test_the_average_is_timms_though_it_lists_the_tensors_only_once():
@@ -72,3 +74,33 @@ def test_muon_moves_matrices_along_orthogonal_directions_and_leaves_the_rest_to_
 
 def test_without_a_factor_there_is_no_muon():
     assert isinstance(optimizer(tiny_model(), TrainConfig()), torch.optim.AdamW)
+
+
+# The schedule
+
+
+def test_the_rate_rises_in_equal_steps_and_then_follows_a_cosine_down_to_its_minimum():
+    config = TrainConfig(learning_rate=1.0, min_learning_rate=0.2, warmup=0.1)
+    rates = [learning_rate(step, 100, config) for step in range(101)]
+    assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.6)  # half way down, and there it is steepest
+    assert rates[32] == pytest.approx(0.6 + 0.4 * math.cos(math.pi * 22 / 90))
+    assert rates[100] == pytest.approx(0.2)
+    assert learning_rate(200, 100, config) == pytest.approx(0.2)
+
+
+def test_without_warm_up_the_first_step_has_the_whole_rate_and_a_minimum_above_it_means_nothing():
+    assert learning_rate(0, 100, TrainConfig(learning_rate=1.0, warmup=0)) == 1.0
+    low = TrainConfig(learning_rate=1e-6, min_learning_rate=1e-5, warmup=0)
+    assert learning_rate(50, 100, low) == pytest.approx(1e-6)
+
+
+@pytest.mark.parametrize(("factor", "muon"), [(1.0, 0), (0.1, 0), (0.1, 10)])
+def test_the_backbones_rate_is_its_share_of_the_rest(factor: float, muon: float):
+    own = optimizer(tiny_model(), TrainConfig(backbone_factor=factor, muon_factor=muon))
+    set_learning_rate(own, 1e-3)
+    rates = {group["name"]: group["lr"] for group in own.param_groups}
+    scale = muon or 1
+    for name, rate in rates.items():
+        assert rate == pytest.approx(1e-3 * scale * (factor if name.startswith("backbone") else 1)), name

@@ -22,6 +22,7 @@ from dfine.config import ConfigError, DataConfig
 from dfine.data.batches import TrainBatches, WorkerError
 from dfine.data.transforms import PageError
 from dfine.inference import evaluation
+from dfine.model.detector import DFine
 from dfine.training import engine
 from dfine.training import run as run_module
 from dfine.training.lock import lock
@@ -371,6 +372,51 @@ def test_with_nothing_to_compare_the_newest_is_the_best(
     train(config, tmp_path, "train.max_steps=2", "train.eval_every=1")
     assert len(evaluations(tmp_path)) == 2
     assert same(ours.read(tmp_path / "best.pt")["ema"], state(tmp_path)["ema"])
+
+
+def measuring(averages: list[float], seen: list[Any]) -> Callable[..., dict[str, Any]]:
+    """Stands for an evaluation: gives these APs in turn, and keeps what is measured."""
+
+    def evaluate(model: DFine, *_: Any) -> dict[str, Any]:
+        seen.append({name: x.clone() for name, x in model.state_dict().items()})
+        return {"AP": averages[len(seen) - 1], "per_class": {}}
+
+    return evaluate
+
+
+def test_best_holds_the_averaged_weights_of_the_best_evaluation_also_of_a_resumed_run(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(run_module, "evaluate", measuring([0.2, 0.5, 0.3, 0.4, 0.6], seen))
+    own = ("train.eval_every=1", "train.save_every=1", "train.ema_decay=0.5")
+    train(config, tmp_path, *own, "train.max_steps=3")
+    assert same(ours.read(tmp_path / "best.pt")["ema"], seen[1])
+    assert same(state(tmp_path)["ema"], seen[2])
+    assert not same(state(tmp_path)["model"], seen[2])
+    train(config, tmp_path, *own, "train.max_steps=4", "--resume")
+    assert same(ours.read(tmp_path / "best.pt")["ema"], seen[1])
+    train(config, tmp_path, *own, "train.max_steps=5", "--resume")
+    assert same(ours.read(tmp_path / "best.pt")["ema"], seen[4])
+
+
+def test_all_processes_measure_with_the_main_process_statistics(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every process has its own batch-norm statistics."""
+    seen: list[Any] = []
+
+    def broadcast(module: torch.nn.Module) -> None:
+        for name, buffer in module.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.fill_(7)
+
+    monkeypatch.setattr(run_module, "evaluate", measuring([0.2], seen))
+    monkeypatch.setattr(distributed, "broadcast_buffers", broadcast)
+    train(config, tmp_path, "train.max_steps=1")
+    means = [x for name, x in seen[0].items() if name.endswith("running_mean")]
+    assert means
+    assert all((x == 7).all() for x in means)
 
 
 def test_a_page_that_cannot_be_read_stops_all_processes_and_loses_nothing(config: Path, tmp_path: Path) -> None:

@@ -1,0 +1,362 @@
+"""Reads and writes D-FINE checkpoints in the layout of `transformers`, which is that of the Hugging Face hub.
+
+Such a checkpoint is a folder with config.json, model.safetensors and preprocessor_config.json. Its weights are the
+original's under other names (`names.TABLE`), and again the architecture comes from the tensors: config.json adds what
+leaves no trace in them, and must not contradict them.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from dfine import config as configs
+from dfine.checkpoints import original
+from dfine.checkpoints.names import renamed
+from dfine.checkpoints.original import COUNTER, Foreign, State, first_few, one_line
+from dfine.checkpoints.ours import CheckpointError
+from dfine.config import Config, DataConfig, ModelConfig
+from dfine.data.transforms import model_size
+from dfine.model.detector import DFine
+
+SETTINGS, WEIGHTS, PREPROCESSING = "config.json", "model.safetensors", "preprocessor_config.json"
+# Names that transformers 5 has in memory, but does not write.
+IN_MEMORY = {
+    ".encoder.aifi.": ".encoder.encoder.",
+    ".o_proj.": ".out_proj.",
+    ".mlp.layers.0.": ".fc1.",
+    ".mlp.layers.1.": ".fc2.",
+}
+DERIVED = re.compile(r"(^|\.)(anchors|valid_mask)$")  # in some older files
+BILINEAR = 2  # Pillow's number
+
+# What our models compute with, whatever their config says.
+FIXED: dict[str, Any] = {
+    "activation_function": "silu",
+    "encoder_activation_function": "gelu",
+    "decoder_activation_function": "relu",
+    "positional_encoding_temperature": 10000,
+    "normalize_before": False,
+    "learn_initial_query": False,
+    "encoder_layers": 1,
+    "eval_idx": -1,
+    "layer_scale": 1,
+    "decoder_method": "default",
+    "decoder_offset_scale": 0.5,
+    "top_prob_values": 4,
+    "lqe_hidden_dim": 64,
+    "lqe_layers": 2,
+    "layer_norm_eps": 1e-5,
+    "batch_norm_eps": 1e-5,
+}
+
+
+# Reading
+
+
+def read(path: Path) -> Foreign:
+    """A folder with config.json, model.safetensors and preprocessor_config.json, or a model.safetensors alone.
+
+    A file alone does not name its classes, and is taken for one as they are published: 8 attention heads in the
+    encoder, 300 queries, pages squashed to 640x640 pixels. A folder may lack preprocessor_config.json.
+
+    Raises:
+        CheckpointError: missing or damaged, of another model, or files contradict each other; names the file.
+    """
+    if not path.is_dir():
+        return Foreign(by_original_names(path), layout="transformers")
+    where = path / SETTINGS
+    if not where.exists():
+        raise CheckpointError(f"{path}: a folder without {SETTINGS} and {WEIGHTS}; of a run name a file, as best.pt")
+    settings = _json(where)
+    kind = settings.get("model_type", "d_fine")
+    if kind != "d_fine":
+        raise CheckpointError(f"{where}: model_type is {kind!r}: another model than D-FINE, whose is 'd_fine'")
+    state = by_original_names(path / WEIGHTS)
+    whole = {key: settings.get(key, default) for key, default in (("encoder_attention_heads", 8), ("num_queries", 300))}
+    for key, value in whole.items():
+        if type(value) is not int or value < 1:
+            raise CheckpointError(f"{where}: {key} must be a whole number, 1 or more, found {value!r}")
+    foreign = Foreign(state, None, *whole.values(), **_preprocessing(path / PREPROCESSING))
+    with one_line(path / WEIGHTS, foreign):
+        facts = _facts(original.architecture(foreign), state)
+        foreign = foreign._replace(names=_class_names(settings, where, foreign.classes))
+    wrong = list(_contradictions(settings, facts, facts["encoder_hidden_dim"]))
+    if wrong:
+        raise CheckpointError(f"{where}: contradicts {WEIGHTS}: {first_few(wrong)}")
+    return foreign
+
+
+def by_original_names(path: Path) -> State:
+    """The tensors of a model.safetensors as the original has them in a checkpoint.
+
+    Raises:
+        CheckpointError: missing, damaged or not D-FINE's.
+    """
+    state: State = {}
+    unknown = []
+    tensors = _tensors(path)
+    if original.is_official({"model": tensors}):
+        return tensors
+    for name, tensor in tensors.items():
+        full = f"model.decoder.{name}" if name.startswith(("class_embed.", "bbox_embed.")) else name
+        for memory, file in IN_MEMORY.items():
+            full = full.replace(memory, file)
+        theirs = renamed(full, "transformers", "original")
+        if theirs is None and not DERIVED.search(name):
+            unknown.append(name)
+        elif theirs is not None and not state.setdefault(theirs, tensor).equal(tensor):  # heads may be there twice
+            raise CheckpointError(f"{path}: {name} is there twice, with different numbers")
+    if unknown or not state:
+        found = f"{len(unknown)} of its {len(tensors)} tensors have no place, such as {', '.join(sorted(unknown)[:3])}"
+        raise CheckpointError(f"{path}: not D-FINE as transformers has it{original.kin(tensors)}: {found}")
+    for query in [name for name in state if ".q_proj." in name]:
+        parts = [query.replace(".q_proj.", f".{letter}_proj.") for letter in "qkv"]
+        missing = [part for part in parts if part not in state]
+        if missing:
+            raise CheckpointError(f"{path}: lacks {renamed(missing[0], 'original', 'transformers')}")
+        state[query.replace(".q_proj.", ".in_proj_")] = torch.cat([state.pop(part) for part in parts])
+    return state
+
+
+def _tensors(path: Path) -> State:
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except Exception as error:  # safetensors and torch have several kinds for a header that does not fit its file
+        raise CheckpointError(f"{path}: damaged or not safetensors ({' '.join(str(error).split())})") from error
+    for name, tensor in tensors.items():
+        if not name.endswith(COUNTER) and not DERIVED.search(name):
+            if not tensor.is_floating_point():
+                raise CheckpointError(f"{path}: {name} holds {tensor.dtype}, not floating-point numbers")
+            tensors[name] = tensor = tensor.float()
+            if not tensor.isfinite().all():
+                raise CheckpointError(f"{path}: {name} is not finite")
+    return tensors
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read it ({error.strerror})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: must hold keys and values, found {type(content).__name__}")
+    return content
+
+
+def _class_names(settings: dict[str, Any], path: Path, classes: int) -> list[str] | None:
+    names, count = settings.get("id2label"), settings.get("num_labels")
+    if names is None and count in (None, classes):
+        return None
+    numbers = [str(i) for i in range(classes)]
+    if not isinstance(names, dict) or sorted(names) != sorted(numbers):
+        found = f"{len(names)} names" if isinstance(names, dict) else f"num_labels={count!r}"
+        raise CheckpointError(f"{path}: id2label must name the classes 0 to {classes - 1} of {WEIGHTS}, found {found}")
+    return [str(names[number]) for number in numbers]
+
+
+def _preprocessing(path: Path) -> dict[str, Any]:
+    """mean, std and data of a `Foreign`, and its layout."""
+    read: dict[str, Any] = {"layout": "transformers"}
+    if not path.exists():
+        return read
+    settings: dict[str, Any] = {"size": {"height": 640, "width": 640}, "do_normalize": False} | _json(path)
+    known = {"do_resize": True, "do_rescale": True, "resample": BILINEAR, "do_center_crop": False}
+    for key, value in known.items():
+        if settings.get(key, value) not in (value, None):
+            raise CheckpointError(f"{path}: {key} must be {json.dumps(value)}, found {settings[key]!r}")
+    factor = settings.get("rescale_factor", 1 / 255)
+    if not isinstance(factor, float) or not math.isclose(factor, 1 / 255, rel_tol=1e-4):
+        raise CheckpointError(f"{path}: rescale_factor must be 1 / 255, found {factor!r}")
+    try:
+        read["data"] = configs.from_dict({"data": _sizing(settings["size"])}).data
+        if settings["do_normalize"]:
+            numbers = {key: settings[f"image_{key}"] for key in ("mean", "std")}
+            model = configs.from_dict({"model": numbers}).model
+            read |= {"mean": model.mean, "std": model.std}
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be followed ({type(error).__name__}: {error})") from error
+    return read
+
+
+def _sizing(size: dict[str, int]) -> dict[str, Any]:
+    """How pages are sized, as keys of `data`."""
+    if size.get("shortest_edge"):
+        edge, longest = size["shortest_edge"], size["longest_edge"]
+        return {"short_edges": [edge], "eval_short_edge": edge, "max_long_edge": longest}
+    height, width = size["height"], size["width"]
+    edge, longest = min(height, width), max(height, width, original.SQUASHED.max_long_edge)
+    squash = {"sizing": "squash", "squash_aspect": height / width}
+    return squash | {"short_edges": [edge], "eval_short_edge": edge, "max_long_edge": longest}
+
+
+def _contradictions(theirs: dict[str, Any], facts: dict[str, Any], width: int) -> Iterator[str]:
+    """Where config.json says other than what the tensors say. `width`: of the encoder."""
+    means = {"depth_mult": lambda x: round(3 * x), "hidden_expansion": lambda x: math.floor(x * width / 2)}
+    for key, fact in facts.items():
+        found = theirs.get(key, fact)
+        if isinstance(fact, dict):
+            if isinstance(found, dict):
+                yield from (f"{key}.{line}" for line in _contradictions(found, fact, width))
+            continue
+        if key == "decoder_n_points" and isinstance(found, int):
+            found = [found] * len(fact)
+        same = found == fact
+        if key in means and isinstance(found, int | float) and math.isfinite(found):
+            same = means[key](found) == means[key](fact)
+        if not same:
+            yield f"{key} is {found!r}, the model has {fact!r}"
+
+
+# Writing
+
+
+def write(folder: Path, model: DFine, config: Config, categories: list[dict[str, Any]]) -> None:
+    """Writes a model so that `DFineForObjectDetection.from_pretrained` and `AutoImageProcessor` open it.
+
+    Args:
+        model: as trained, not deployed.
+    Raises:
+        CheckpointError: the layout cannot express the model; says why. Nothing is written.
+    """
+    require_published(config.model, "transformers")
+    theirs = original.state_of(model, config.model)
+    state: State = {}
+    for name, tensor in theirs.items():
+        full = renamed(name, "original", "transformers")
+        if full is None or (name.startswith("backbone.") and name.endswith(COUNTER)):
+            continue
+        if ".in_proj_" in full:
+            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+                state[full.replace(".in_proj_", f".{letter}_proj.")] = part.clone()
+        else:
+            state[full] = tensor.contiguous()
+    names = [category["name"] for category in categories]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (
+        (SETTINGS, config_json(config.model, theirs, names)),
+        (PREPROCESSING, preprocessor_json(model, config.data)),
+    ):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    beside = folder / f"{WEIGHTS}.writing"
+    save_file(state, beside, metadata={"format": "pt"})
+    beside.replace(folder / WEIGHTS)
+
+
+def require_published(config: ModelConfig, layout: str) -> None:
+    """Raises CheckpointError, with the reasons, unless a published layout can express the model."""
+    reasons = []
+    if not config.backbone.name.startswith("hgnetv2_"):
+        reasons.append(f"its backbone is {config.backbone.name}, the layout knows HGNetV2 alone (timm's hgnetv2_*)")
+    if config.strides[-1] != 32:
+        reasons.append(f"its last stride is {config.strides[-1]}, not 32")
+    if config.decoder.bins != 32:
+        reasons.append(f"it has {config.decoder.bins} bins, not 32")
+    if reasons:
+        raise CheckpointError(f"the layout of {layout} cannot express this model: {'; '.join(reasons)}")
+
+
+def config_json(config: ModelConfig, state: State, names: list[str]) -> dict[str, Any]:
+    """config.json. `state`: the model's by the original's names."""
+    noise, facts = config.denoising, _facts(config, state)
+    # transformers takes the backbone's channels from hidden_sizes; in published files they are a leftover.
+    facts["backbone_config"]["hidden_sizes"] = facts["backbone_config"]["stage_out_channels"]
+    return {
+        "architectures": ["DFineForObjectDetection"],
+        "model_type": "d_fine",
+        "dtype": "float32",
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+        "up": config.decoder.a,
+        "reg_scale": 1 / config.decoder.c,
+        "num_denoising": noise.queries,
+        "label_noise_ratio": 2 * noise.label_noise,  # transformers halves it
+        "box_noise_scale": noise.box_noise,
+        **facts,
+    }
+
+
+def preprocessor_json(model: DFine, data: DataConfig) -> dict[str, Any]:
+    """preprocessor_config.json: pages as in evaluation."""
+    mean, std = model.mean.flatten().tolist(), model.std.flatten().tolist()
+    size = {"shortest_edge": data.eval_short_edge, "longest_edge": data.max_long_edge}
+    if data.sizing == "squash":
+        size = dict(zip(("height", "width"), model_size((1, 1), data.eval_short_edge, data), strict=True))
+    return {
+        "image_processor_type": "RTDetrImageProcessor",
+        "do_resize": True,
+        "size": size,
+        "resample": BILINEAR,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": (mean, std) != ([0.0] * 3, [1.0] * 3),
+        "image_mean": mean,
+        "image_std": std,
+        "do_pad": False,
+    }
+
+
+def _facts(config: ModelConfig, state: State) -> dict[str, Any]:
+    """What config.json and the tensors both say, and what every model of ours has. `state`: by the original's names."""
+    width, levels = config.encoder.hidden_dim or config.hidden_dim, len(config.strides)
+    backbone = _backbone(state)
+    indices = list(range(5 - levels, 5))  # of the backbone's five outputs, at strides 4 to 32, after the stem
+    return FIXED | {
+        "backbone_config": backbone | {"out_indices": indices},
+        "encoder_in_channels": [backbone["stage_out_channels"][i - 1] for i in indices],
+        "encoder_hidden_dim": width,
+        "encoder_ffn_dim": config.encoder.feedforward_dim,
+        "encoder_attention_heads": config.encoder.heads,
+        "encode_proj_layers": [levels - 1],
+        "hidden_expansion": config.encoder.expansion,
+        "depth_mult": config.encoder.depth_mult,
+        "feat_strides": list(config.strides),
+        "num_feature_levels": levels,
+        "d_model": config.hidden_dim,
+        "decoder_in_channels": [width] * levels,
+        "decoder_ffn_dim": config.decoder.feedforward_dim,
+        "decoder_attention_heads": config.decoder.heads,
+        "decoder_layers": config.decoder.layers,
+        "decoder_n_points": list(config.decoder.points),
+        "num_queries": config.decoder.queries,
+        "max_num_bins": config.decoder.bins,
+    }
+
+
+def _backbone(state: State) -> dict[str, Any]:
+    """backbone_config, read off the tensors of an HGNetV2."""
+    stem = (state[f"backbone.stem.{name}.conv.weight"] for name in ("stem1", "stem4"))
+    stages: dict[str, list[Any]] = {}
+    for stage in range(4):
+        own = {
+            name.removeprefix(p): x for name, x in state.items() if name.startswith(p := f"backbone.stages.{stage}.")
+        }
+        light = "blocks.0.layers.0.conv1.conv.weight" in own  # 1x1, then depthwise
+        first = own[f"blocks.0.layers.0.{'conv1.' if light else ''}conv.weight"]
+        filters = own["blocks.0.layers.0.conv2.conv.weight"] if light else first
+        for key, value in {
+            "stage_in_channels": first.shape[1],
+            "stage_mid_channels": first.shape[0],
+            "stage_out_channels": own["blocks.0.aggregation.1.conv.weight"].shape[0],
+            "stage_num_blocks": len({name.split(".")[1] for name in own if name.startswith("blocks.")}),
+            "stage_numb_of_layers": len({name.split(".")[3] for name in own if name.startswith("blocks.0.layers.")}),
+            "stage_downsample": "downsample.conv.weight" in own,
+            "stage_light_block": light,
+            "stage_kernel_size": filters.shape[-1],
+        }.items():
+            stages.setdefault(key, []).append(value)
+    return {
+        "model_type": "hgnet_v2",
+        "stem_channels": [3, *(weight.shape[0] for weight in stem)],
+        **stages,
+        "use_learnable_affine_block": "backbone.stem.stem1.lab.scale" in state,
+    }

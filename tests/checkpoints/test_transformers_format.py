@@ -1,0 +1,471 @@
+"""Published weights: read whole and exactly or refused in one line, started from by name, and given back."""
+
+import copy
+import importlib.util
+import json
+import re
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from published import noise, publish_recorded, publish_size, recorded, their_answers
+from safetensors.torch import load_file, save_file
+from tiny import tiny_config, tiny_model
+from torch import Tensor
+
+import dfine
+from dfine.checkpoints import hub, original, ours, transformers_format
+from dfine.checkpoints.loading import initialise, load_model, load_teacher, matched
+from dfine.checkpoints.ours import CheckpointError
+from dfine.config import Config, ConfigError, DataConfig, DistillConfig
+from dfine.model.detector import DFine, class_dependent
+
+Loaded = tuple[DFine, Config, list[dict[str, Any]]]
+NAMES = ["Text", "Section-header", "List-item"]
+WEIGHT = "model.enc_output.0.weight"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return publish_recorded(tmp_path_factory.mktemp("published"))
+
+
+@pytest.fixture
+def own(folder: Path, tmp_path: Path) -> Path:
+    """A copy to break."""
+    return Path(shutil.copytree(folder, tmp_path / "own"))
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> Loaded:
+    """The recorded model as it is read; to look at."""
+    return load_model(folder)
+
+
+def answers(model: DFine, pages: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the last layer, in float64: there no two queries change places for a rounding error."""
+    with torch.inference_mode():
+        refined = copy.deepcopy(model).double()(pages).refined
+    return refined.logits[-1], refined.boxes[-1]
+
+
+def check(got: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    assert (got[0] - expected[0]).abs().max() <= 2e-5 * expected[0].abs().max()
+    assert (got[1] - expected[1]).abs().max() <= 5e-6
+
+
+def categories(*names: str) -> list[dict[str, Any]]:
+    return [{"id": 10 + i, "name": name} for i, name in enumerate(names)]
+
+
+# Read
+
+
+def test_the_recorded_model_gives_the_recorded_answers_on_pages_that_are_not_square(loaded: Loaded) -> None:
+    """transformers' positions are row-major, as ours are: the original's would differ here."""
+    model = loaded[0]
+    assert not model.training
+    expected = recorded()
+    check(answers(model, noise(96, 160)), (torch.tensor(expected["logits"]), torch.tensor(expected["boxes"])))
+
+
+def test_what_is_known_of_a_published_model(folder: Path, loaded: Loaded) -> None:
+    _, config, classes = loaded
+    assert classes == [{"id": i, "name": name} for i, name in enumerate(NAMES)]
+    assert (config.data.sizing, config.data.eval_short_edge, config.data.squash_aspect) == ("squash", 640, 1)
+    assert (config.model.mean, config.model.std) == ((0, 0, 0), (1, 1, 1))
+    assert (config.model.backbone.name, config.model.strides) == ("hgnetv2_b0", (16, 32))
+    assert (config.model.decoder.queries, config.model.decoder.points) == (20, (3, 2))
+    scale = load_file(folder / "model.safetensors")["model.decoder.reg_scale"]
+    assert config.model.decoder.c == pytest.approx(1 / scale.item())  # config.json says 4
+
+
+def test_a_file_alone_knows_its_classes_by_number(folder: Path, loaded: Loaded) -> None:
+    model, config, classes = load_model(folder / "model.safetensors")
+    assert [category["name"] for category in classes] == ["0", "1", "2"]
+    assert config.data == original.SQUASHED
+    same = loaded[0].state_dict()
+    assert all(tensor.equal(same[name]) for name, tensor in model.state_dict().items())
+
+
+def test_pages_are_sized_and_normalised_as_preprocessor_config_says(own: Path) -> None:
+    change(own / "preprocessor_config.json", size={"height": 480, "width": 640}, do_normalize=True)
+    model, config, _ = load_model(own)
+    assert (config.data.eval_short_edge, config.data.squash_aspect) == (480, 0.75)
+    torch.testing.assert_close(model.mean.flatten(), torch.tensor([0.485, 0.456, 0.406]))
+    change(own / "preprocessor_config.json", size={"shortest_edge": 480, "longest_edge": 800})
+    data = load_model(own)[1].data
+    assert (data.sizing, data.eval_short_edge, data.max_long_edge) == ("keep_aspect", 480, 800)
+
+
+def test_names_in_memory_copies_of_heads_and_half_precision_are_read_too(own: Path, loaded: Loaded) -> None:
+    state = load_file(own / "model.safetensors")
+    heads = {
+        name.removeprefix("model.decoder."): x.clone() for name, x in state.items() if "decoder.class_embed" in name
+    }
+    for memory, file in transformers_format.IN_MEMORY.items():
+        state = {name.replace(file, memory): x for name, x in state.items()}
+    assert any(".mlp.layers.1." in name for name in state)
+    assert any(".aifi.0." in name for name in state)
+    save_file(state | heads, own / "model.safetensors")
+    expected = loaded[0].state_dict()
+    assert all(x.equal(expected[name]) for name, x in load_model(own)[0].state_dict().items())
+    half = {name: x.bfloat16() if x.is_floating_point() else x for name, x in state.items()}
+    save_file(half, own / "model.safetensors")
+    assert load_model(own)[0].selection.project.bias.dtype == torch.float32
+
+
+def test_weights_without_a_denoising_embedding_detect_and_it_is_said(own: Path) -> None:
+    rewrite(own, lambda state: state.pop("model.denoising_class_embed.weight"))
+    with pytest.warns(UserWarning, match="no denoising embedding"):
+        model = load_model(own)[0]
+    said = initialise(model, str(own), categories(*NAMES))
+    assert said.endswith("start anew: denoising_labels.weight")
+
+
+# Refused
+
+
+def change(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def rewrite(folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
+    state = load_file(folder / "model.safetensors")
+    edit(state)
+    save_file(state, folder / "model.safetensors")
+
+
+def set_header(folder: Path, **values: Any) -> None:
+    """Lets the header say something else about one tensor."""
+    content = (folder / "model.safetensors").read_bytes()
+    end = 8 + struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8:end])
+    header[WEIGHT] |= values
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + content[end:])
+
+
+def refusal(name: str | Path) -> str:
+    with pytest.raises(CheckpointError) as error:
+        load_model(name)
+    text = str(error.value)
+    assert text.startswith(str(name))
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_type": "rt_detr_v2"}, "'rt_detr_v2': another model than D-FINE"),
+        ({"decoder_layers": 4}, "contradicts model.safetensors: decoder_layers is 4, the model has 2"),
+        ({"d_model": 64}, "d_model is 64, the model has 32"),
+        ({"max_num_bins": 16}, "max_num_bins is 16, the model has 32"),
+        ({"depth_mult": 1.0}, "depth_mult is 1.0"),
+        ({"hidden_expansion": 1.0}, "hidden_expansion is 1.0"),
+        ({"decoder_n_points": 4}, "decoder_n_points is [4, 4], the model has [3, 2]"),
+        ({"activation_function": "relu"}, "activation_function is 'relu', the model has 'silu'"),
+        ({"backbone_config": {"stage_num_blocks": [1, 1, 3, 1]}}, "backbone_config.stage_num_blocks is [1, 1, 3, 1]"),
+        (
+            {"id2label": {"0": "a", "1": "b"}},
+            "id2label must name the classes 0 to 2 of model.safetensors, found 2 names",
+        ),
+        ({"id2label": None, "num_labels": 7}, "found num_labels=7"),
+        ({"num_queries": "300"}, "num_queries must be a whole number"),
+    ],
+)
+def test_a_config_that_contradicts_the_tensors_is_named(values: dict[str, Any], message: str, own: Path) -> None:
+    change(own / "config.json", **values)
+    text = refusal(own)
+    assert text.startswith(f"{own / 'config.json'}: ")
+    assert message in text
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda s: s.pop("model.decoder.layers.1.fc1.weight"), "model.decoder.layers.1.fc1.weight is missing"),
+        (lambda s: s.pop("model.decoder.layers.1.self_attn.k_proj.weight"), "lacks model.decoder.layers.1.self_attn.k"),
+        (lambda s: s.pop("model.decoder.reg_scale"), "lacks model.decoder.reg_scale"),
+        (lambda s: s.update({"model.decoder.extra": torch.zeros(1)}), "no place, such as model.decoder.extra"),
+        (lambda s: s.update({"a.value_proj.weight": torch.zeros(1)}), "looks like RT-DETR's"),
+        (lambda s: s.update({"class_embed.0.bias": torch.zeros(3)}), "class_embed.0.bias is there twice"),
+        (lambda s: s.update({WEIGHT: torch.full((32, 32), torch.nan)}), f"{WEIGHT} is not finite"),
+        (lambda s: s.update({WEIGHT: torch.zeros(32, 31)}), f"{WEIGHT} (32, 31) does not fit"),
+        (lambda s: s.update({"model.decoder.up": torch.zeros(1)}), "model.decoder.up must be one number other than 0"),
+        (
+            lambda s: s.update({"model.decoder.layers.0.encoder_attn.num_points_scale": torch.full((5,), 0.3)}),
+            "num_points_scale must hold 1 / p",
+        ),
+        (
+            lambda s: s.update({"model.backbone.model.embedder.stem1.convolution.weight": torch.zeros(8, 3, 3, 3)}),
+            "no HGNetV2 with",
+        ),
+    ],
+)
+def test_tensors_that_are_not_a_whole_dfine_are_named(edit: Any, message: str, own: Path) -> None:
+    rewrite(own, edit)
+    text = refusal(own)
+    assert text.startswith(f"{own / 'model.safetensors'}: ")
+    assert message in text
+
+
+def test_deimv2_is_refused_by_its_name(tmp_path: Path) -> None:
+    """Its tensors are called as the original's, but for what is new."""
+    state = {
+        "decoder.enc_score_head.weight": torch.zeros(3, 8),
+        "decoder.decoder.layers.0.swish_ffn.w3.bias": torch.ones(1),
+    }
+    save_file(state, tmp_path / "model.safetensors")
+    assert "it is DEIMv2's" in refusal(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"shape": [32, 33]}, {"dtype": "I32"}, {"data_offsets": [0, 4]}, {"dtype": "F9"}, {"shape": [2**40, 2**40]}],
+)
+def test_a_header_that_lies_is_refused(values: dict[str, Any], own: Path) -> None:
+    set_header(own, **values)
+    assert refusal(own).startswith(f"{own / 'model.safetensors'}: ")
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", struct.pack("<Q", 2**60) + b"{}"])
+def test_what_is_no_safetensors_is_refused(content: bytes, own: Path) -> None:
+    (own / "model.safetensors").write_bytes(content)
+    assert "damaged or not safetensors" in refusal(own)
+
+
+def test_files_that_are_missing_or_unreadable_are_named(own: Path, tmp_path: Path) -> None:
+    (own / "preprocessor_config.json").write_text("{")
+    assert refusal(own).startswith(f"{own / 'preprocessor_config.json'}: not JSON")
+    (own / "preprocessor_config.json").write_text('{"resample": 3}')
+    assert "resample must be 2, found 3" in refusal(own)
+    (own / "config.json").write_text("[]")
+    assert refusal(own).startswith(f"{own / 'config.json'}: must hold keys and values")
+    (own / "config.json").unlink()
+    assert "a folder without config.json" in refusal(own)
+    assert "no such checkpoint" in refusal(tmp_path / "none.safetensors")
+
+
+# On the hub
+
+
+def test_a_name_on_the_hub_is_fetched_and_its_revision_asked_for(
+    folder: Path, loaded: Loaded, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = []
+
+    def download(repository: str, **more: Any) -> str:
+        asked.append((repository, more["revision"]))
+        return str(folder)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    assert load_model("org/egret-medium")[2] == load_model("org/egret-medium@v1.0")[2] == loaded[2]
+    assert asked == [("org/egret-medium", None), ("org/egret-medium", "v1.0")]
+    shutil.copytree(folder, tmp_path / "org/egret-medium")
+    load_model("org/egret-medium")
+    assert len(asked) == 2  # a path that exists comes first
+
+
+@pytest.mark.parametrize("error", [OSError("no route\nto host"), RuntimeError("client closed"), ValueError("")])
+def test_without_network_it_says_which_files_to_fetch(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: Any, **__: Any) -> str:
+        raise error
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    text = refusal("org/name@main")
+    assert "fetch config.json, model.safetensors, preprocessor_config.json of org/name@main elsewhere" in text
+
+
+@pytest.mark.parametrize("name", ["name", "a/b/c", "/no/folder"])
+def test_what_is_neither_a_path_nor_a_name_is_said(name: str) -> None:
+    assert "neither a file or folder here nor a name on the Hugging Face hub" in refusal(name)
+
+
+# Started from
+
+
+def start(
+    folder: Path, loaded: Loaded, *names: str, match_classes: bool = True
+) -> tuple[DFine, dict[str, Tensor], str]:
+    """A new model from a folder's weights, what it was before, and what is said."""
+    torch.manual_seed(0)
+    model = DFine(loaded[1].model, len(names))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return model, before, initialise(model, str(folder), categories(*names), match_classes)
+
+
+def test_classes_of_the_same_name_keep_their_rows_and_the_rest_start_anew(folder: Path, loaded: Loaded) -> None:
+    model, before, said = start(folder, loaded, "table", "list item", "TEXT", "title")
+    after, theirs = model.state_dict(), loaded[0].state_dict()
+    for name in class_dependent(model):
+        assert after[name][[1, 2]].equal(theirs[name][[2, 0]])
+        assert after[name][[0, 3]].equal(before[name][[0, 3]])
+    assert after["denoising_labels.weight"][4].equal(theirs["denoising_labels.weight"][3])  # padding
+    assert all(after[name].equal(theirs[name]) for name in after if name not in class_dependent(model))
+    assert "start anew: table, title in " in said
+    assert "keep their rows: list item (List-item), TEXT (Text)" in said
+    assert "not taken: Section-header" in said
+
+
+def test_all_is_loaded_where_the_classes_are_the_same(folder: Path, loaded: Loaded) -> None:
+    for match_classes in (True, False):
+        model, _, said = start(folder, loaded, *NAMES, match_classes=match_classes)
+        theirs = loaded[0].state_dict()
+        assert all(tensor.equal(theirs[name]) for name, tensor in model.state_dict().items())
+        assert said.endswith(f"loaded {len(theirs)} of {len(theirs)} tensors")
+
+
+def test_matching_can_be_switched_off(folder: Path, loaded: Loaded) -> None:
+    model, before, said = start(folder, loaded, "Text", "List-item", match_classes=False)
+    assert all(model.state_dict()[name].equal(before[name]) for name in class_dependent(model))
+    assert f"start anew: {', '.join(class_dependent(model))}" in said
+
+
+def test_numbered_classes_are_taken_in_order_if_there_are_as_many(folder: Path, loaded: Loaded) -> None:
+    for names, kept in ((("a", "b", "c"), True), (("0", "1"), False)):
+        model, before, said = start(folder / "model.safetensors", loaded, *names)
+        same = model.selection.class_head.bias.equal(before["selection.class_head.bias"])
+        assert same is not kept
+        assert ("start anew" in said) is not kept
+        assert "3 classes by number" in said
+
+
+def test_names_that_occur_twice_are_matched_one_by_one() -> None:
+    assert matched(["text", "Text", "table"], ["Text", "table", "TEXT", "text"]) == [0, 2, 1, None]
+    assert matched([], ["a"]) == [None]
+
+
+def test_a_checkpoint_of_a_run_keeps_rows_by_name_too(tmp_path: Path) -> None:
+    """PubLayNet's Title and Table into DocLayNet."""
+    teacher, student = tiny_model(3), tiny_model(2)
+    content = ours.weights(Config(model=tiny_config()), categories("title", "list", "table"), teacher)
+    ours.save(tmp_path / "best.pt", content)
+    said = initialise(student, str(tmp_path / "best.pt"), categories("Table", "Title"))
+    assert student.selection.class_head.weight.equal(teacher.selection.class_head.weight[[2, 0]])
+    assert "keep their rows: Table (table), Title (title)\n  not taken: list" in said
+
+
+def test_a_model_of_another_architecture_is_refused_with_the_files_names(folder: Path, loaded: Loaded) -> None:
+    config = loaded[1].model
+    wider = config.model_copy(update={"decoder": config.decoder.model_copy(update={"layers": 3})})
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*model\.decoder\.layers\.2\..* is missing"):
+        initialise(DFine(wider, 3), str(folder), categories(*NAMES))
+
+
+def test_a_published_model_teaches_those_of_its_classes_that_the_student_has(folder: Path, loaded: Loaded) -> None:
+    teacher, config, _ = loaded
+    student = Config(model=config.model, distill=DistillConfig(teacher=str(folder)))
+    taught = load_teacher(student, "student.yaml", categories("text", "list-item"))
+    whole, some = answers(teacher, noise(96, 160)), answers(taught, noise(96, 160))
+    assert some[0].shape == (2, 20, 2)
+    assert whole[0].shape == (2, 20, 3)
+    with pytest.raises(ConfigError, match="knows the classes Text, Section-header, List-item"):
+        load_teacher(student, "student.yaml", categories("List-item", "Text"))
+
+
+# Given back
+
+
+def test_what_is_written_is_read_back_as_it_was(folder: Path, loaded: Loaded, tmp_path: Path) -> None:
+    model, config, classes = loaded
+    transformers_format.write(tmp_path / "out", model, config, classes)
+    assert load_file(tmp_path / "out/model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
+    again, its_config, its_classes = load_model(tmp_path / "out")
+    assert (its_config, its_classes) == (config, classes)
+    assert all(tensor.equal(again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("sizing", ["keep_aspect", "squash"])
+def test_pages_are_prepared_alike_after_the_way_there_and_back(sizing: str, loaded: Loaded, tmp_path: Path) -> None:
+    model, config, classes = copy.deepcopy(loaded)
+    model.mean.fill_(0.5)
+    edges = {"short_edges": (64,), "eval_short_edge": 64, "max_long_edge": 928}
+    data = DataConfig(sizing=sizing, squash_aspect=1.5 if sizing == "squash" else 1.0, **edges)
+    transformers_format.write(tmp_path, model, config.model_copy(update={"data": data}), classes)
+    again, its_config, _ = load_model(tmp_path)
+    assert its_config.data == data
+    assert again.mean.equal(model.mean)
+
+
+def test_what_the_layout_cannot_express_is_refused_and_nothing_written(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"backbone is test_convnext, .*; it has 8 bins, not 32"):
+        transformers_format.write(
+            tmp_path / "out", tiny_model(), Config(model=tiny_config()), categories("a", "b", "c")
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_originals_file_has_the_originals_names_and_reads_back(loaded: Loaded, golden_folder: Path) -> None:
+    """The recorded model has a decoder layer less than nano, and as many blocks."""
+    nano = json.loads((golden_folder / "15_state_dict_keys.json").read_text())["n"]["state"]
+    model, config, _ = loaded
+    state = original.state_of(model, config.model)
+    third = re.compile(r"decoder\.(decoder\.layers|decoder\.lqe_layers|dec_score_head|dec_bbox_head)\.2\.")
+    assert state.keys() == {name for name, *_ in nano if not third.match(name)}
+    assert state["decoder.anchors"].shape == (1, 2000, 4)
+    assert state["decoder.valid_mask"].shape == (1, 2000, 1)
+    weights, anew = original.convert({"model": state}, model)
+    assert anew == []
+    assert all(tensor.equal(model.state_dict()[name]) for name, tensor in weights.items())
+
+
+# Exact: beside transformers
+
+needs_transformers = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="needs transformers (the extra bench)"
+)
+SHAPES = {"n": (256, 320), "s": (192, 128), "m": (96, 160), "l": (160, 96), "x": (96, 160)}
+
+
+@needs_transformers
+def test_the_recorded_answers_are_those_of_the_installed_transformers(folder: Path) -> None:
+    expected = recorded()
+    check(their_answers(folder, noise(96, 160)), (torch.tensor(expected["logits"]), torch.tensor(expected["boxes"])))
+
+
+@needs_transformers
+@pytest.mark.parametrize("size", SHAPES)
+def test_a_random_model_answers_alike_here_and_there_in_both_directions(
+    size: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Pages are not square; every parameter and statistic is random. Sizes: see `--sizes`."""
+    if size not in request.config.getoption("--sizes"):
+        pytest.skip("takes half a minute: pytest --sizes nsmlx")
+    theirs = publish_size(tmp_path / "theirs", size, [f"class {i}" for i in range({"n": 80, "x": 366}.get(size, 17))])
+    pages = noise(*SHAPES[size])[:1]
+    model, config, classes = load_model(theirs)
+    transformers_format.write(tmp_path / "ours", model, config, classes)
+    got = answers(model, pages)
+    check(got, their_answers(theirs, pages))
+    check(got, their_answers(tmp_path / "ours", pages))
+    report = [(a - b).abs().max().item() for a, b in zip(got, their_answers(theirs, pages), strict=True)]
+    stored = len(load_file(theirs / "model.safetensors"))
+    print(f"{size}: {stored} tensors; logits {report[0]:.1e} of {got[0].abs().max():.1f}, boxes {report[1]:.1e}")
+
+
+@needs_transformers
+def test_a_page_is_prepared_and_answered_as_transformers_does(own: Path) -> None:
+    from transformers import AutoImageProcessor, DFineForObjectDetection
+
+    change(own / "preprocessor_config.json", size={"height": 128, "width": 160})
+    page = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 200, 3), np.uint8))
+    processor = AutoImageProcessor.from_pretrained(own)
+    with torch.inference_mode():
+        output = DFineForObjectDetection.from_pretrained(own).eval()(**processor(images=page, return_tensors="pt"))
+    expected = processor.post_process_object_detection(output, threshold=0, target_sizes=[(300, 200)])[0]
+    found = dfine.load(own, "cpu")(page, threshold=0)
+    np.testing.assert_allclose(
+        found.scores[:20], expected["scores"][:20].numpy(), atol=0.01
+    )  # pixels: a grey level in 255
+    assert found.labels[:5] == [NAMES[label] for label in expected["labels"][:5]]
+    on_page = np.clip(expected["boxes"][:5].numpy(), 0, [200, 300, 200, 300])  # as ours are
+    np.testing.assert_allclose(found.boxes[:5], on_page, atol=1)
