@@ -25,6 +25,8 @@ from dfine.model.detector import DFine
 from dfine.structures import Detections
 
 Page = str | Path | Image.Image | np.ndarray
+# Doubled boxes are what people complain about most, and no two true boxes of 878 real pages overlap by more than half.
+# Without it a model has AP .208 on 165 of them, with it .305; with .6 or .8 the same to .003 (tools/MEASURED.md).
 DEDUPE = 0.7
 
 
