@@ -1,9 +1,9 @@
 """COCO metrics of a checkpoint on `data.val`: `python evaluate.py --checkpoint runs/NAME/best.pt [key=value ...]`.
 
 For best.pt it writes best.metrics.json and best.detections.json (COCO results), beside the checkpoint (into it where it
-is a folder, to runs/NAME where it is org/NAME on the hub) or into `run_dir` where that is given. The metrics are those
-that the run itself wrote down. Classes of published weights are those of the json that have the same name; what else
-such weights know is left out.
+is a folder, to runs/NAME where it is org/NAME on the hub) or into `run_dir` where that is given. The metrics of a run's
+checkpoint are those that the run itself wrote down. Classes of published weights are those of the json that have the
+same name; what else such weights know is left out.
 """
 
 import argparse
@@ -15,20 +15,27 @@ import torch
 
 from dfine import config, distributed
 from dfine.checkpoints.loading import load_model
+from dfine.checkpoints.onnx_format import OnnxModel, is_onnx
 from dfine.config import ConfigError
 from dfine.data.batches import evaluation_loader
 from dfine.data.sources import open_source
 from dfine.distributed import say
 from dfine.inference.evaluation import category_ids, coco_metrics, find, table
+from dfine.model.detector import DFine
 from dfine.training import engine
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="best.pt of a run, published weights, or a name on the hub")
+    parser.add_argument("--checkpoint", required=True, help="best.pt, an ONNX file, published weights, or org/NAME")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.val.images=pages/test")
     arguments = parser.parse_intermixed_args()
-    model, settings, categories = load_model(arguments.checkpoint)
+    model: DFine | OnnxModel
+    if is_onnx(arguments.checkpoint):
+        model = OnnxModel(arguments.checkpoint)
+        settings, categories = model.config, model.categories
+    else:
+        model, settings, categories = load_model(arguments.checkpoint)
     for text in arguments.overrides:
         if text.startswith(("model", "loss", "distill")):
             raise ConfigError(f"override {text!r}: the model is the checkpoint's; set data, train and run_dir only")
@@ -46,16 +53,18 @@ def main() -> None:
         unknown = ", ".join(c["name"] for c, number in zip(categories, ids, strict=True) if number is None)
         say(f"left out, since data.val does not have them: {unknown}")
 
-    model.to(device).to(memory_format=torch.channels_last)  # as in training: the same numbers to the last digit
     loader = evaluation_loader(pages, settings)
+    if isinstance(model, DFine):
+        model.to(device).to(memory_format=torch.channels_last)  # as in training: the same numbers to the last digit
     detections = find(model, loader, pages, settings.train.bf16, category_ids=ids)
     if distributed.is_main():
         metrics = coco_metrics(pages.ground_truth(), detections)
         print(table(metrics))
         folder = Path(settings.run_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{checkpoint.stem}.metrics.json").write_text(json.dumps(metrics, indent=2))
-        (folder / f"{checkpoint.stem}.detections.json").write_text(json.dumps(detections))
+        name = checkpoint.stem if checkpoint.is_file() else checkpoint.name.partition("@")[0]
+        (folder / f"{name}.metrics.json").write_text(json.dumps(metrics, indent=2))
+        (folder / f"{name}.detections.json").write_text(json.dumps(detections))
     distributed.finish()
 
 

@@ -1,7 +1,7 @@
 """D-FINE in plain PyTorch, for document layout detection.
 
 detector = dfine.load("runs/quickstart/best.pt")
-for found in detector(["page1.png", "page2.png"]):
+for found in detector(["page.png", "report.pdf"]):  # images, PDFs, folders of them
     print(found.labels, found.scores, found.boxes)
 """
 

@@ -287,8 +287,8 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 def _yaml(text: str | bytes, subject: str = "") -> Any:
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-01
-        raise ConfigError(f"{subject}not YAML: {' '.join(str(error).split())}") from error
+    except Exception as error:  # also ValueError on a date such as 2026-13-01, IndexError, RecursionError, ...
+        raise ConfigError(f"{subject}not YAML: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def _field(path: Sequence[Any]) -> FieldInfo:

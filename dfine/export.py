@@ -1,18 +1,20 @@
-"""Gives a model to other programs: `python -m dfine.export --checkpoint runs/NAME/best.pt --format FORMAT --out DIR`.
+"""Gives a model to other programs: `python -m dfine.export --checkpoint runs/NAME/best.pt --format FORMAT --out PATH`.
 
+    onnx          a file for onnxruntime and others, of any model; `dfine.checkpoints.onnx_format` says what is in it
     transformers  config.json, preprocessor_config.json and model.safetensors, for `DFineForObjectDetection`
     original      model.pth, the weights as the original implementation has them; classes by number
 
-Both are for models around an HGNetV2.
+The last two are for models around an HGNetV2; PATH is a folder for them, and for onnx a file such as model.onnx.
 """
 
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dfine.checkpoints import original, ours, transformers_format
+from dfine.checkpoints import onnx_format, original, ours, transformers_format
 from dfine.checkpoints.loading import load_model
 from dfine.config import Config
 from dfine.model.detector import DFine
@@ -37,7 +39,15 @@ def to_original(folder: Path, model: DFine, config: Config, categories: list[dic
     print(f"{folder / 'model.pth'}: classes {', '.join(category['name'] for category in categories)}, in this order")
 
 
+def to_onnx(path: Path, model: DFine, config: Config, categories: list[dict[str, Any]], half: bool = False) -> None:
+    if not onnx_format.is_onnx(path) or path.is_dir():
+        raise ours.CheckpointError(f"{path}: name a file that ends in .onnx")
+    onnx_format.write(path, model, config, categories, half)
+    print(f"{path}: {len(categories)} classes, any number of pages, any sides in multiples of {model.strides[-1]}")
+
+
 FORMATS: dict[str, Callable[[Path, DFine, Config, list[dict[str, Any]]], None]] = {
+    "onnx": to_onnx,
     "transformers": to_transformers,
     "original": to_original,
 }
@@ -47,10 +57,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="best.pt of a run, published weights, or a name on the hub")
     parser.add_argument("--format", required=True, choices=FORMATS)
-    parser.add_argument("--out", required=True, type=Path, help="folder to write to")
+    parser.add_argument("--out", required=True, type=Path, help="what to write")
+    parser.add_argument("--half", action="store_true", help="onnx: weights in half precision, for half the file")
     arguments = parser.parse_args()
-    model, config, categories = load_model(arguments.checkpoint)
-    FORMATS[arguments.format](arguments.out, model, config, categories)
+    if arguments.half:
+        if arguments.format != "onnx":
+            parser.error("--half is for --format onnx")
+        FORMATS["onnx"] = partial(to_onnx, half=True)
+    FORMATS[arguments.format](arguments.out, *load_model(arguments.checkpoint))
 
 
 if __name__ == "__main__":

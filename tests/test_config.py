@@ -196,7 +196,11 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str):
         load(written(tmp_path, text))
 
 
-@pytest.mark.parametrize("content", [b"model: [", b"run_dir: \xff", b"run_dir: 2026-13-01"])
+NO_YAML = [b"model: [", b"run_dir: \xff", b"run_dir: 2026-13-01"]
+NO_YAML += [b"run_dir: !!int ''", b"run_dir: !!bool x", b"run_dir: !!timestamp x", b"[" * 2000]  # PyYAML stumbles
+
+
+@pytest.mark.parametrize("content", NO_YAML)
 def test_a_file_that_is_no_yaml_is_refused_in_one_line(tmp_path: Path, content: bytes):
     (tmp_path / "config.yaml").write_bytes(content)
     with pytest.raises(ConfigError, match=r"config.yaml: not YAML: [^\n]+$"):

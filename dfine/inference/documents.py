@@ -104,6 +104,8 @@ def read(file: str | Path, page: int = 1, dpi: float = DPI) -> PagePixels:
     if _is_pdf(place.file, head):
         return _render(place, dpi)
     if head[:4] not in TIFF:
+        if page != 1:
+            raise PageError(f"{place}: an image has one page")
         return PagePixels(read_page(file), None)
     try:
         with Image.open(file) as image:

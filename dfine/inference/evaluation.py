@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.ops import box_convert
 from tqdm import tqdm
 
 from dfine import distributed
 from dfine.checkpoints.loading import listed, matched
+from dfine.checkpoints.onnx_format import OnnxModel
 from dfine.config import ConfigError
 from dfine.data.sources import Source
 from dfine.model.detector import DFine, detect
@@ -45,8 +47,25 @@ def evaluate(
 
 
 @torch.inference_mode()
+def answer(
+    model: DFine | OnnxModel, images: Tensor, sizes: Tensor, originals: list[tuple[int, int]], bf16: bool = False
+) -> list[Detections]:
+    """All that a model of either kind finds on each page of a batch, as `detect` gives it.
+
+    Args:
+        model: in evaluation mode. images: (B, 3, H, W) uint8. sizes: (B, 2) valid height, width.
+        originals: height, width of each page in the pixels that boxes are wanted in. bf16: autocast, on a GPU.
+    """
+    if isinstance(model, OnnxModel):
+        return model(images, sizes, originals)
+    device = model.mean.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type == "cuda"):
+        output = model(images.to(device, non_blocking=True), sizes)
+    return detect(output, originals)
+
+
 def find(
-    model: DFine,
+    model: DFine | OnnxModel,
     batches: DataLoader[Batch],
     pages: Source,
     bf16: bool = False,
@@ -68,15 +87,13 @@ def find(
         FloatingPointError: a score or a box is not finite; names the image id.
         Stopped: a process was told to stop (others that were not told finish their batches first).
     """
-    model.eval()
-    device = model.mean.device
+    if isinstance(model, DFine):
+        model.eval()
     share: dict[int, Detections] = {}
     for batch in tqdm(batches, "evaluation", unit="batch", leave=False, disable=not distributed.is_main()):
         if stop():
             break
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type == "cuda"):
-            output = model(batch.images.to(device, non_blocking=True), batch.sizes)
-        found = detect(output, [target.size for target in batch.targets])
+        found = answer(model, batch.images, batch.sizes, [target.size for target in batch.targets], bf16)
         for target, page in zip(batch.targets, found, strict=True):
             share[target.image_id] = finite(page, f"image {target.image_id}")
     everywhere: dict[int, Detections] = {}

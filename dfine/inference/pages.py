@@ -13,14 +13,15 @@ from torch.utils.data import Dataset
 from torchvision.ops import nms
 
 from dfine.checkpoints.loading import load_model
-from dfine.config import DataConfig
+from dfine.checkpoints.onnx_format import OnnxModel, is_onnx
+from dfine.config import ConfigError, DataConfig
 from dfine.data.batches import PageLoader, leave_signals_to_the_main_process
 from dfine.data.sources import Source
 from dfine.data.transforms import PageError, as_page, canvas_of, pad, sized
 from dfine.inference.documents import DPI, Place, boxes_in_points, is_one_page, list_pages, read
-from dfine.inference.evaluation import finite
+from dfine.inference.evaluation import answer, finite
 from dfine.inference.pictures import draw, grid
-from dfine.model.detector import DFine, detect
+from dfine.model.detector import DFine
 from dfine.structures import Detections
 
 Page = str | Path | Image.Image | np.ndarray
@@ -44,12 +45,12 @@ class Detector:
     """A trained model, ready for use: `detector(pages)`.
 
     Attributes:
-        model: in evaluation mode, deployed.
+        model: in evaluation mode, deployed; or an ONNX file.
         data: how the model's pages are sized.
         categories: `id` and `name` of each class, as in the COCO json that the model was trained on.
     """
 
-    def __init__(self, model: DFine, data: DataConfig, categories: list[dict[str, Any]]) -> None:
+    def __init__(self, model: DFine | OnnxModel, data: DataConfig, categories: list[dict[str, Any]]) -> None:
         self.model, self.data, self.categories = model, data, categories
         self.stride = model.strides[-1]
 
@@ -125,26 +126,16 @@ class Detector:
         for batch in equal_canvases(loader, batch_size, self.stride):
             answers |= self._answers(batch, threshold, dedupe)
             while given in answers:
-                answer = answers.pop(given)
+                found = answers.pop(given)
                 given += 1
-                if not isinstance(answer, PageError):
-                    yield answer
+                if not isinstance(found, PageError):
+                    yield found
                 elif on_error is None:
-                    raise answer
+                    raise found
                 else:
-                    on_error(answer)
+                    on_error(found)
 
     @torch.inference_mode()
-    def detect(self, images: Tensor, sizes: Tensor, originals: list[tuple[int, int]]) -> list[Detections]:
-        """All that the model finds on each page of a batch: the one place where it is called.
-
-        Args:
-            images: (B, 3, H, W) uint8. sizes: (B, 2) valid height, width.
-            originals: height, width of each page in the pixels that boxes are wanted in.
-        """
-        device = self.model.mean.device
-        return detect(self.model(images.to(device), sizes), originals)
-
     def _answers(
         self, batch: list["Prepared | Failed"], threshold: float, dedupe: float
     ) -> dict[int, Found | PageError]:
@@ -153,7 +144,8 @@ class Detector:
         if not pages:
             return answers
         images, sizes = pad([page.pixels.numpy() for page in pages], self.stride)
-        for page, found in zip(pages, self.detect(images, sizes, [page.size for page in pages]), strict=True):
+        detections = answer(self.model, images, sizes, [page.size for page in pages])
+        for page, found in zip(pages, detections, strict=True):
             found = finite(found, str(page.place or f"page {page.number}"))
             found = Detections(*(x[found.scores >= threshold] for x in found))
             found = Detections(*(x[nms(found.boxes, found.scores, dedupe)] for x in found))
@@ -173,12 +165,18 @@ def load(checkpoint: str | Path, device: str | torch.device | None = None, fast:
 
     Args:
         checkpoint: best.pt or last.pt of a run, a .pth of the original, or published weights: a folder, a file, or a
-            name on the Hugging Face hub such as "docling-project/docling-layout-egret-medium".
+            name on the Hugging Face hub such as "docling-project/docling-layout-egret-medium"; or an ONNX file of
+            `python -m dfine.export`, which runs without torch's model.
         device: such as "cuda"; None: a GPU if there is one.
-        fast: half precision, and compiled on a GPU: for many pages (see `DFine.deploy`).
+        fast: half precision, and compiled on a GPU: for many pages (see `DFine.deploy`). Not of an ONNX file.
     Raises:
-        CheckpointError: not a checkpoint. ConfigError: its config is of another version.
+        CheckpointError: not a checkpoint. ConfigError: its config is of another version, or an ONNX file shall be fast.
     """
+    if is_onnx(checkpoint):
+        if fast:
+            raise ConfigError(f"{checkpoint}: an ONNX file runs in the precision it was exported in, so leave out fast")
+        file = OnnxModel(checkpoint, device)
+        return Detector(file, file.config.data, file.categories)
     model, config, categories = load_model(checkpoint)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Detector(model.deploy(fast), config.data, categories)

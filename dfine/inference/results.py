@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +50,18 @@ class JsonList:
         """Overwrites the end of the list with one more item and the end, in one go.
 
         Raises:
-            OSError: the disk is full; the file holds the items before this one.
+            OSError: the disk is full; names the file, which holds the items before this one.
         """
         end = self.file.seek(-len(self.END), 2)
         data = (b",\n" if self.length else b"\n") + json.dumps(item).encode() + self.END
         try:
             if self.file.write(data) != len(data):
-                raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
-        except OSError:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
             self.file.seek(end)
             self.file.write(self.END)
             self.file.truncate()
-            raise
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         self.length += 1
 
 

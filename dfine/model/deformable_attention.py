@@ -26,7 +26,8 @@ def deformable_attention(
         (B, Q, D)
     """
     value = value.to(locations.dtype)  # half-precision locations would be off by a tenth of a cell and more
-    read = by_embedding_bag if value.device.type == "cpu" else by_grid_sample
+    plain = value.device.type != "cpu" or torch.onnx.is_in_onnx_export()
+    read = by_grid_sample if plain else by_embedding_bag
     return read(value, shapes, locations, weights.to(value.dtype), points)
 
 

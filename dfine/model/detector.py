@@ -121,12 +121,10 @@ class DFine(nn.Module):
 
     def encode_apart(self, images: Tensor, sizes: Tensor | None) -> list[Tensor]:
         """`encode`, each page on the canvas that it has when it is alone: what else is in the batch does not matter."""
-        if sizes is None:
-            return self.encode(images, None)
-        last, (height, width), sizes = self.strides[-1], images.shape[-2:], sizes.cpu()
-        groups: dict[tuple[int, int], list[int]] = {}
-        for i, (h, w) in enumerate(((sizes + last - 1) // last * last).tolist()):
-            groups.setdefault((h, w), []).append(i)
+        if sizes is None or torch.onnx.is_in_onnx_export():  # there the caller takes them apart, see `OnnxModel`
+            return self.encode(images, sizes)
+        (height, width), sizes = images.shape[-2:], sizes.cpu()
+        groups = by_canvas(sizes, self.strides[-1])
         if list(groups) == [(height, width)]:
             return self.encode(images, sizes)
         alone: dict[int, tuple[Tensor, ...]] = {}  # the maps of each page
@@ -218,7 +216,7 @@ class QuerySelection(nn.Module):
         tokens = self.norm(self.project(memory.detach())).detach()  # (B, S, D)
         score = full_precision(self.class_head(tokens)).amax(-1).masked_fill(~valid, -torch.inf)  # (B, S)
         best, index = score.topk(min(self.queries, score.shape[1]))  # (B, Q)
-        anchors = gather(anchors.expand(len(index), -1, -1), index)  # (B, Q, 4)
+        anchors = gather(anchors.expand(index.shape[0], -1, -1), index)  # (B, Q, 4); len() would fix an ONNX file's B
         # The selected tokens (B, Q, D) are made again, so that the backward pass is over these alone.
         again = torch.is_grad_enabled()
         selected = self.norm(self.project(gather(memory, index))) if again else gather(tokens, index)
@@ -255,6 +253,14 @@ def cells_on_page(canvas: tuple[int, int], sizes: Tensor, stride: int) -> Tensor
     return (rows[:, :, None] & columns[:, None, :]).flatten(1)
 
 
+def by_canvas(sizes: Tensor, stride: int) -> dict[tuple[int, int], list[int]]:
+    """Which pages have a canvas when they are alone, its sides being multiples of the stride; from sizes (B, 2)."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, (h, w) in enumerate(((sizes + stride - 1) // stride * stride).tolist()):
+        groups.setdefault((h, w), []).append(i)
+    return groups
+
+
 def keys(real: Tensor) -> Tensor:
     """Which queries are attended to: (B, Q) bool. On a page without a single real one all are: softmax needs some."""
     return real | ~real.any(1, keepdim=True)
@@ -280,6 +286,17 @@ def split(refined: Refinement, initial: Prediction, part: slice) -> tuple[Refine
     return Refinement(logits, boxes, edge_logits, refined.initial_boxes[:, part].clone()), first
 
 
+def ranked(output: DFineOutput, top: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The last layer's `top` best (query, class) pairs: scores (B, K), labels (B, K), boxes (B, K, 4) xyxy.
+
+    Boxes are fractions of the page.
+    """
+    logits, boxes = output.refined.logits[-1], output.refined.boxes[-1]  # (B, Q, C), (B, Q, 4)
+    classes = logits.shape[-1]
+    scores, best = logits.flatten(1).sigmoid().topk(min(top, logits[0].numel()))  # (B, K)
+    return scores, best % classes, cxcywh_to_xyxy(gather(boxes, best // classes)).clamp(0, 1)
+
+
 def detect(output: DFineOutput, sizes: list[tuple[int, int]], top: int = 300) -> list[Detections]:
     """The last layer's `top` best (query, class) pairs of each page, as far as their scores are not 0; no NMS.
 
@@ -288,11 +305,8 @@ def detect(output: DFineOutput, sizes: list[tuple[int, int]], top: int = 300) ->
     Returns:
         For each page, on the CPU: all pages come there in one copy.
     """
-    logits, boxes = output.refined.logits[-1], output.refined.boxes[-1]  # (B, Q, C), (B, Q, 4)
-    classes = logits.shape[-1]
-    scores, best = logits.flatten(1).sigmoid().topk(min(top, logits[0].numel()))  # (B, K)
-    boxes = cxcywh_to_xyxy(gather(boxes, best // classes)).clamp(0, 1)  # (B, K, 4)
-    found = torch.cat([scores[..., None], (best % classes)[..., None], boxes], dim=-1).cpu()  # (B, K, 6)
+    scores, labels, boxes = ranked(output, top)
+    found = torch.cat([scores[..., None], labels[..., None], boxes], dim=-1).cpu()  # (B, K, 6)
     counts = (found[..., 0] != 0).sum(1).tolist()  # a page may have fewer queries than others of its batch
     return [
         Detections(page[:k, 0], page[:k, 1].long(), page[:k, 2:] * page.new_tensor([w, h, w, h]))

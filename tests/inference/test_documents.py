@@ -166,6 +166,16 @@ def test_a_truncated_tiff_has_the_pages_before_its_end(tmp_path: Path) -> None:
         read(tmp_path / "a.tif", 2)
 
 
+def test_a_page_that_a_file_does_not_have_is_named(tmp_path: Path) -> None:
+    write_tiff(tmp_path / "a.tif", drawn_page())
+    Image.fromarray(drawn_page()).save(tmp_path / "b.png")
+    write_pdf(tmp_path / "c.pdf", [(PAGE, RED)])
+    for name in ("a.tif", "b.png", "c.pdf"):
+        for page in (0, 2):
+            with pytest.raises(PageError, match=rf"{name}(, page {page})?: "):
+                read(tmp_path / name, page)
+
+
 # Which pages
 
 

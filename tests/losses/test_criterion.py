@@ -102,6 +102,14 @@ def test_boxes_of_every_head_are_supervised_at_every_query_of_the_union():
         assert term.item() == pytest.approx(5 * (0 + 1) / 2)
 
 
+def test_a_query_that_no_cell_stands_for_is_not_matched():
+    """It has the box in every head; whoever is matched instead is on MISS, and |HIT - MISS| = 1."""
+    output = disagreement(0, 0, 0, 0, 0)
+    real = torch.tensor([[False, True, True, True]])
+    losses = criterion(output._replace(queries=output.queries._replace(real=real)), [page(TRUTH)], W, CONFIG)
+    assert losses["l1"].tolist() == pytest.approx([5, 5, 5])
+
+
 def test_the_union_breaks_ties_by_the_last_decoder_layer():
     """Query 0 is on the first box (A) for layer 1 and the initial head, on the second (B) for layer 3 and the encoder
     head; query 1 the other way round. Layer 2 finds both with queries 2 and 3, where layer 3 has them as well."""

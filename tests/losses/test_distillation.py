@@ -285,6 +285,14 @@ def test_empty_pages_are_distilled_like_others_and_nothing_is_nan():
     assert torch.autograd.grad(terms["distill_go_lsd"].sum(), edge_logits)[0].isfinite().all()
 
 
+def test_where_the_teacher_matches_nothing_go_lsd_is_the_mean_over_all_queries():
+    student, teacher = answers()
+    p = (teacher.edge_logits[-1] / 5).softmax(-1)
+    kl = kl_of_edges(project(p, teacher.initial_boxes, W, student.initial_boxes, W), student.edge_logits, 5)
+    mean = (kl / 4 * teacher.logits[-1].sigmoid().amax(-1)).mean((1, 2))
+    torch.testing.assert_close(go_lsd(student, teacher, W, W, [page(), page()], 5.0, MATCHER), mean)
+
+
 def test_equal_processes_give_what_one_gives(monkeypatch: pytest.MonkeyPatch):
     student, teacher = answers()
     alone = losses(student, teacher)
@@ -381,6 +389,17 @@ def test_losses_are_in_single_precision_under_autocast():
     w = (student.decoder.w, teacher.decoder.w)
     terms = distillation(output.shared, taught.refined, *w, [target([])] * 2, EVERY, CONFIG, MATCHER)
     assert all(loss.dtype == torch.float32 and loss.isfinite().all() for loss in terms.values())
+
+
+def test_autocast_changes_no_loss():
+    student, teacher = tiny_model(), shaken(tiny_model()).eval()
+    output, taught = asked(student, teacher)
+    arguments = (output.shared, taught.refined, student.decoder.w, teacher.decoder.w, [target([])] * 2)
+    plain = distillation(*arguments, EVERY, CONFIG, MATCHER)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = distillation(*arguments, EVERY, CONFIG, MATCHER)
+    for name, loss in plain.items():
+        torch.testing.assert_close(cast[name], loss, msg=name)
 
 
 def test_a_student_learns_from_its_teacher_alone():

@@ -8,6 +8,7 @@ import torch
 from tiny import random_boxes, target
 from torch import Tensor
 
+from dfine import distributed
 from dfine.config import MatcherConfig
 from dfine.losses.matcher import match, matching_cost
 from dfine.structures import Matches, Target
@@ -135,6 +136,16 @@ def test_all_heads_at_once_are_matched_as_each_alone():
     assert together == alone
 
 
+def test_more_cores_change_neither_the_matches_nor_their_order(monkeypatch: pytest.MonkeyPatch):
+    torch.manual_seed(0)
+    pages, heads, found = random_pages(4, 0, 7, 2, 5), random_heads(3, 5, 9), []
+    for cores in (1, 4):
+        monkeypatch.setattr(distributed, "cores", lambda cores=cores: cores)
+        found.append(match(*heads, pages, CONFIG))
+    assert all(torch.equal(one, many) for one, many in zip(*found, strict=True))
+    assert found[0].batch.tolist() == sorted(found[0].batch.tolist())
+
+
 def test_pages_are_matched_as_each_alone():
     """A page's boxes are padded to the most of the batch; padding must not be matched."""
     torch.manual_seed(0)
@@ -190,3 +201,17 @@ def test_copies_take_no_box_its_only_query():
     logits, boxes = random_heads(1, 1, 7)
     matches = match(logits, boxes, random_pages(5), CONFIG, last_copies=4)
     assert sorted(matches.target.tolist()) == [0, 1, 2, 3, 4]
+
+
+def test_queries_that_may_not_be_matched_are_not_although_boxes_stay_without_a_query():
+    torch.manual_seed(0)
+    logits, boxes = random_heads(2, 2, 4)
+    real = torch.tensor([[False, True, False, True], [False] * 4])
+    pages = random_pages(3, 1)
+    matches = match(logits, boxes, pages, CONFIG, last_copies=2, real=real)
+    for head in range(2):
+        assert sorted(matches.query[(matches.layer == head) & (matches.batch == 0)].tolist()) == [1, 3]
+    assert not (matches.batch == 1).any()
+    boxes[1, 0, 3] = torch.nan
+    with pytest.raises(FloatingPointError, match="head 1"):
+        match(logits, boxes, pages, CONFIG, real=real)

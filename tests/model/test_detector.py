@@ -5,13 +5,17 @@ from math import log, sqrt
 
 import pytest
 import torch
+from timm.models.convnext import ConvNeXtBlock
 from tiny import freeze_batch_norms, noised, shaken, target, tiny_model
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from dfine.config import LossConfig
 from dfine.losses.criterion import criterion
-from dfine.model.detector import DFine, QuerySelection, detect, gather
-from dfine.model.hybrid_encoder import RepVGG
+from dfine.model.decoder import DecoderLayer
+from dfine.model.detector import DFine, QuerySelection, detect, gather, keys
+from dfine.model.fdr import decode, expectation
+from dfine.model.hybrid_encoder import AIFI, RepNCSPELAN4, RepVGG
 from dfine.structures import DFineOutput, Queries, Refinement, Target
 
 WITH_BOXES, EMPTY = target([[0.3, 0.3, 0.2, 0.2], [0.7, 0.6, 0.3, 0.2]], labels=[0, 2]), target([])
@@ -178,6 +182,12 @@ def test_on_a_page_too_thin_for_any_cell_nothing_is_found_and_nothing_learned():
     assert len(full.scores) == 24
 
 
+def test_a_page_without_a_single_real_query_has_something_to_attend_to():
+    """Not every attention kernel answers where all is masked."""
+    real = torch.tensor([[True, False], [False, False]])
+    assert keys(real).tolist() == [[True, False], [True, True]]
+
+
 def test_a_score_that_is_not_a_number_is_not_taken_for_none():
     [found] = detect(answer([[torch.nan], [-1e4], [0.0]], [[0.5] * 4] * 3), [(100, 100)])
     assert found.scores.isnan().tolist() == [True, False]
@@ -203,6 +213,45 @@ def test_boxes_and_scores_stay_in_single_precision_under_autocast():
         output = tiny_model()(pages(), noised=noised([WITH_BOXES] * 2))
     answers = (*output.refined, *output.initial, *output.encoder, *output.denoising.refined, *output.denoising.initial)
     assert {answer.dtype for answer in answers} == {torch.float32}
+
+
+def test_autocast_rounds_no_box_and_no_position():
+    """Each is what fp32 makes of the same features."""
+    model, seen = trained().train(), {}
+    heads = {"position": model.decoder.position, "initial": model.decoder.initial_box}
+    heads |= {"encoder": model.selection.box_head, "edges": model.decoder.edge_heads[0]}
+    for name, head in heads.items():
+        head.register_forward_hook(lambda head, features, answer, name=name: seen.update({name: (features, answer)}))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(pages(), SIZES, noised([WITH_BOXES] * 2))
+    for name, head in copy.deepcopy(heads).items():
+        (features,), answer = seen[name]
+        torch.testing.assert_close(answer, nn.Sequential(*head)(features.float()), msg=name)
+    for refined in (output.refined, output.denoising.refined):
+        boxes = decode(refined.initial_boxes, expectation(refined.edge_logits, model.decoder.w))
+        torch.testing.assert_close(refined.boxes, boxes, atol=1e-6, rtol=0)
+
+
+def test_autocast_changes_no_loss():
+    model = trained().train()
+    output = model(pages(), SIZES, noised([WITH_BOXES, EMPTY]))
+    plain = criterion(output, [WITH_BOXES, EMPTY], model.decoder.w, LossConfig())
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = criterion(output, [WITH_BOXES, EMPTY], model.decoder.w, LossConfig())
+    for name, loss in plain.items():
+        torch.testing.assert_close(cast[name], loss, msg=name)
+
+
+def test_ranking_leaves_autocast_no_weights_without_a_gradient():
+    """Up to torch 2.10 it would use those that it cast under `no_grad` for the answer as well."""
+    model, safe = trained(), []
+    for layer in (model.selection.project, model.selection.class_head):
+        layer.register_forward_pre_hook(
+            lambda *_: safe.append(torch.is_grad_enabled() or not torch.is_autocast_cache_enabled())
+        )
+    with torch.autocast("cpu", torch.bfloat16):
+        model(pages())
+    assert safe == [True] * 4
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -559,3 +608,34 @@ def test_a_norm_whose_convolution_speaks_to_others_as_well_stays():
     backbone.merge()
     torch.testing.assert_close(backbone.body(x), expected)
     assert isinstance(backbone.body.norm, nn.BatchNorm2d)
+
+
+# Compilation
+
+
+def test_compiled_blocks_serve_every_size_of_pages_and_answer_the_same(monkeypatch: pytest.MonkeyPatch):
+    """Nothing is traced anew after the second canvas, and no graph is broken; one code serves all equal blocks."""
+    compiler = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: compiler(self, backend="eager", **how))
+    torch._dynamo.reset()
+    counters.clear()
+    model = trained(layers=2).eval()
+    plain, graphs = copy.deepcopy(model), []
+    model.compile_parts()
+    with torch.inference_mode():
+        for height, width in ((64, 96), (96, 64), (64, 160), (96, 96)):
+            page, size = pages(1, height, width), torch.tensor([[height, width]])
+            same(model(page, size).refined, plain(page, size).refined)
+            graphs.append(counters["stats"]["unique_graphs"])
+    assert not counters["graph_break"]
+    assert graphs[0] > 0
+    assert set(graphs[1:]) == {graphs[1]}
+    blocks = sum(isinstance(module, ConvNeXtBlock | RepNCSPELAN4 | AIFI | DecoderLayer) for module in model.modules())
+    assert graphs[-1] < blocks
+
+
+def test_the_answers_of_training_are_tensors_of_their_own():
+    """Of slices of one tensor `torch.compile` mistakes one for another where they are answers of a model."""
+    output = tiny_model()(pages(), SIZES, noised([WITH_BOXES] * 2))
+    split = (*output.refined, *output.initial, *output.denoising.refined, *output.denoising.initial)
+    assert len({answer.untyped_storage().data_ptr() for answer in split}) == len(split)

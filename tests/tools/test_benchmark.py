@@ -20,7 +20,9 @@ from dfine import config as configs
 from dfine.checkpoints import ours
 from dfine.config import ConfigError, LossConfig
 from dfine.losses.criterion import criterion
-from dfine.model.detector import DFine
+from dfine.model import deformable_attention
+from dfine.model.deformable_attention import by_grid_sample
+from dfine.model.detector import DFine, detect
 from dfine.model.fdr import weighting_function
 from dfine.structures import Target
 from dfine.tools import benchmark
@@ -205,6 +207,28 @@ def test_matching_and_all_losses_take_few_operators_and_copy_to_the_cpu_once():
     reads = {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select"}  # would wait for a GPU as well
     assert not reads & dispatched.operators.keys()
     assert not {"item", "tolist", "__bool__", "__int__", "__float__"} & called.names.keys()
+
+
+def test_a_training_step_reads_back_only_costs_and_sends_only_matches_and_counts(monkeypatch: pytest.MonkeyPatch):
+    """Each read, and each tensor made of Python numbers, would wait for a GPU."""
+    monkeypatch.setattr(deformable_attention, "by_embedding_bag", by_grid_sample)  # the form for GPUs
+    pages, model, sizes = crowd(5, 2), tiny_model(), torch.tensor([[64, 96], [64, 80]])
+    queries = noised(pages)
+    with Dispatched() as dispatched, Called() as called:
+        output = model(torch.zeros(2, 3, 64, 96), sizes, queries)
+        criterion(output, pages, model.decoder.w, LossConfig())
+    assert called.names["cpu"] == called.names["tensor"] == 1
+    assert not {"item", "tolist", "new_tensor"} & called.names.keys()
+    assert "_local_scalar_dense" not in dispatched.operators
+
+
+@pytest.mark.parametrize("pages", [1, 5])
+def test_the_detections_of_all_pages_come_to_the_cpu_in_one_copy(pages: int):
+    output = tiny_model().eval()(torch.zeros(pages, 3, 64, 96))
+    with Called() as called:
+        found = detect(output, [(64, 96)] * pages)
+    assert len(found) == pages
+    assert called.names["cpu"] == 1
 
 
 def test_matching_and_losses_grow_linearly_with_the_boxes():
