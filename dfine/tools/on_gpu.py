@@ -160,16 +160,16 @@ def roofline(_: Path) -> None:
         tell(model=config, card=card, account=printed.splitlines())
 
 
-PARTS: dict[str, tuple[int, Callable[[Path], None]]] = {  # seconds at most, by what is to be known first
-    "tests": (90, tests),
-    "quickstart": (60, quickstart),
-    "values": (40, values),
-    "step": (60, partial(steps, False)),
-    "latencies, 1 page": (80, partial(latencies, 1)),
-    "latencies, 32 pages": (70, partial(latencies, 32)),
+PARTS: dict[str, tuple[int, Callable[[Path], None]]] = {  # seconds each; what one leaves, the next may use
+    "tests": (80, tests),
+    "quickstart": (50, quickstart),
+    "values": (30, values),
+    "step": (50, partial(steps, False)),
+    "latencies, 1 page": (110, partial(latencies, 1)),
+    "latencies, 32 pages": (90, partial(latencies, 32)),
     "step, compiled": (80, partial(steps, True)),
     "roofline": (40, roofline),
-    "benchmark": (60, benchmark),
+    "benchmark": (50, benchmark),
 }
 
 
