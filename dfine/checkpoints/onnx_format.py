@@ -82,6 +82,9 @@ def write(path: Path, model: DFine, config: Config, categories: list[dict[str, A
             verbose=False,
         )
     assert program is not None
+    graph: Any = program.model.graph
+    for part in (graph, *graph.all_nodes()):
+        part.metadata_props.clear()  # where in the source each node came from, folders of this machine included
     settings = configs.to_dict(config)
     del settings["distill"]
     program.model.metadata_props.update(
@@ -105,11 +108,8 @@ def write(path: Path, model: DFine, config: Config, categories: list[dict[str, A
 def preprocessing(config: Config, stride: int) -> dict[str, Any]:
     """How a scan becomes a page of `images`, for programs and people."""
     data = config.data
-    said: dict[str, Any] = {
-        "colour": "RGB, uint8; normalised inside",
-        "sizing": data.sizing,
-        "short_edge": data.eval_short_edge,
-    }
+    said: dict[str, Any] = {"colour": "RGB, uint8; normalised inside"}
+    said |= {"sizing": data.sizing, "short_edge": data.eval_short_edge}
     if data.sizing == "keep_aspect":
         how = "area averaging where the height shrinks, else bilinear (OpenCV's INTER_AREA, INTER_LINEAR)"
         said |= {"max_long_edge": data.max_long_edge, "interpolation": how}

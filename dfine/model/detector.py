@@ -287,9 +287,10 @@ def split(refined: Refinement, initial: Prediction, part: slice) -> tuple[Refine
 
 
 def ranked(output: DFineOutput, top: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The last layer's `top` best (query, class) pairs: scores (B, K), labels (B, K), boxes (B, K, 4) xyxy.
+    """The last layer's `top` best (query, class) pairs of each page.
 
-    Boxes are fractions of the page.
+    Returns:
+        scores (B, K), labels (B, K), boxes (B, K, 4) xyxy as fractions of the page.
     """
     logits, boxes = output.refined.logits[-1], output.refined.boxes[-1]  # (B, Q, C), (B, Q, 4)
     classes = logits.shape[-1]

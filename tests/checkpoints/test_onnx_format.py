@@ -1,0 +1,250 @@
+"""ONNX files say what the model says, and run without it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from scripts import pages as coloured
+from tiny import drawn_page, shaken, tiny_config, tiny_model
+from torch import Tensor
+
+import dfine
+from dfine import config as configs
+from dfine import export, predict
+from dfine.checkpoints import onnx_format, ours
+from dfine.checkpoints.onnx_format import OnnxModel, store_in_half
+from dfine.checkpoints.ours import CheckpointError
+from dfine.config import Config, ConfigError, DataConfig
+from dfine.inference.evaluation import answer
+from dfine.model.detector import DFine
+from dfine.structures import Detections
+
+REASON = "needs the extra: pip install 'dfine[export]'"
+onnx, onnx_ir = (pytest.importorskip(name, reason=REASON) for name in ("onnx", "onnx_ir"))
+pytest.importorskip("onnxruntime", reason=REASON)
+ROOT = Path(__file__).parents[2]
+CATEGORIES = [{"id": 3, "name": "text"}, {"id": 5, "name": "figure"}, {"id": 9, "name": "table"}]
+MODEL = tiny_config(backbone="test_resnet", layers=2)
+DATA = DataConfig(short_edges=(64,), eval_short_edge=64, max_long_edge=96, workers=0)
+
+
+def model() -> DFine:
+    return shaken(tiny_model(backbone="test_resnet", layers=2)).eval()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint, and the ONNX file that `python -m dfine.export` makes of it."""
+    folder = tmp_path_factory.mktemp("run")
+    best, exported = folder / "best.pt", folder / "new" / "model.onnx"
+    ours.save(best, ours.weights(Config(model=MODEL, data=DATA), CATEGORIES, model()))
+    with pytest.MonkeyPatch.context() as patch:
+        line = ["export", "--checkpoint", best, "--format", "onnx", "--out", exported]
+        patch.setattr(sys, "argv", list(map(str, line)))
+        export.main()
+    return best, exported
+
+
+def pages(height: int, width: int, count: int = 1) -> Tensor:
+    """Smooth noise, (count, 3, height, width) uint8: paper has no sharper edges at each pixel."""
+    coarse = torch.rand(count, 3, height // 8, width // 8, generator=torch.Generator().manual_seed(height + width))
+    return (255 * torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")).byte()
+
+
+def check(found: Detections, expected: Detections, scores: float = 1e-4, boxes: float = 1e-3) -> None:
+    """Asserts that the detections are the same: those of equal scores may have changed places.
+
+    Args:
+        scores, boxes: how far these may be off, boxes in pixels.
+    """
+    assert len(found.scores) == len(expected.scores)
+    torch.testing.assert_close(found.scores, expected.scores, atol=scores, rtol=0)
+    for score, label, box in zip(*expected, strict=True):
+        like = (found.labels == label) & ((found.scores - score).abs() <= scores)
+        near = (found.boxes[like] - box).abs().amax(-1)
+        least = float(near.min()) if like.any() else float("inf")
+        # The last ones may be others: there were more of that score than places.
+        assert least <= boxes or score <= expected.scores[-1] + scores, f"{label} {score} {box}: {least} pixels off"
+
+
+@pytest.mark.parametrize(
+    ("canvas", "sizes"),
+    [
+        ((64, 96), [(64, 96)]),
+        ((96, 64), [(90, 64), (96, 33), (65, 64)]),
+        ((320, 320), [(300, 320)]),
+        ((928, 640), [(905, 640)]),
+        ((32, 32), [(20, 31)]),
+    ],
+    ids=str,
+)
+def test_it_finds_what_the_model_finds_on_any_number_of_pages_of_any_shape(
+    files: tuple[Path, Path], canvas: tuple[int, int], sizes: list[tuple[int, int]]
+) -> None:
+    images = pages(*canvas, len(sizes))
+    originals = [(height * 3 // 2, width * 2) for height, width in sizes]
+    found = OnnxModel(files[1])(images, torch.tensor(sizes), originals)
+    with torch.inference_mode():
+        expected = answer(model(), images, torch.tensor(sizes), originals)
+    assert len(found) == len(sizes)
+    for own, theirs in zip(found, expected, strict=True):
+        assert len(theirs.scores) > 0
+        check(own, theirs)
+
+
+def test_pages_of_different_shapes_in_one_batch_are_answered_as_alone(files: tuple[Path, Path]) -> None:
+    runtime, images = OnnxModel(files[1]), pages(96, 96, 3)
+    sizes, originals = torch.tensor([[40, 96], [96, 64], [33, 90]]), [(80, 190), (96, 64), (33, 90)]
+    images *= torch.stack([torch.outer(torch.arange(96) < h, torch.arange(96) < w) for h, w in sizes])[:, None]
+    together = runtime(images, sizes, originals)
+    for i, canvas in enumerate([(64, 96), (96, 64), (64, 96)]):
+        (alone,) = runtime(images[i : i + 1, :, : canvas[0], : canvas[1]], sizes[i : i + 1], [originals[i]])
+        check(together[i], alone, scores=1e-6, boxes=1e-4)
+
+
+def test_the_metadata_say_what_the_labels_and_the_pages_are(files: tuple[Path, Path]) -> None:
+    file = onnx.load(files[1])
+    texts = {entry.key: entry.value for entry in file.metadata_props}
+    assert json.loads(texts["categories"]) == CATEGORIES
+    said = json.loads(texts["preprocessing"])
+    assert (said["short_edge"], said["max_long_edge"], said["multiple_of"]) == (64, 96, 32)
+    assert configs.from_dict(json.loads(texts["config"])) == Config(model=MODEL, data=DATA)
+    names = [(port.name, port.type.tensor_type.elem_type) for port in (*file.graph.input, *file.graph.output)]
+    whole = onnx.TensorProto.INT64
+    inputs = [("images", onnx.TensorProto.UINT8), ("sizes", whole), ("originals", whole)]
+    assert names == [*inputs, ("scores", onnx.TensorProto.FLOAT), ("labels", whole), ("boxes", onnx.TensorProto.FLOAT)]
+
+
+def test_a_file_says_nothing_of_the_machine_that_wrote_it(files: tuple[Path, Path]) -> None:
+    assert str(ROOT).encode() not in files[1].read_bytes()
+
+
+def test_predict_runs_it_without_a_torch_model(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.fromarray(drawn_page()).save(tmp_path / "page.png")
+    found = {}
+    for name, file in zip(("torch", "onnx"), files, strict=True):
+        line = ["predict", "--checkpoint", file, "--out", tmp_path / name, "--threshold", "0", tmp_path / "page.png"]
+        monkeypatch.setattr(sys, "argv", list(map(str, line)))
+        if name == "onnx":
+            monkeypatch.setattr(DFine, "__init__", lambda *_: pytest.fail("a torch model was made"))
+        assert predict.main() == 0
+        found[name] = json.loads((tmp_path / name / "predictions.json").read_text())[0]["detections"]
+    assert len(found["onnx"]) == len(found["torch"]) > 0
+    for own, theirs in zip(found["onnx"], found["torch"], strict=True):
+        assert own["score"] == pytest.approx(theirs["score"], abs=1e-4)
+
+
+def test_evaluate_gives_the_checkpoints_metrics(files: tuple[Path, Path], tmp_path: Path) -> None:
+    val = coloured(tmp_path / "pages", count=6, names=("text", "figure", "table"))
+    json_file = Path(val["annotations"])
+    coco = json.loads(json_file.read_text())
+    for annotation in coco["annotations"]:
+        annotation["category_id"] = {3: 3, 5: 5, 7: 9}[annotation["category_id"]]
+    json_file.write_text(json.dumps(coco | {"categories": CATEGORIES}))
+    metrics = []
+    for file in files:
+        overrides = [f"data.val.images={val['images']}", f"data.val.annotations={json_file}", f"run_dir={tmp_path}"]
+        line = [sys.executable, ROOT / "evaluate.py", "--checkpoint", file, *overrides]
+        subprocess.run(list(map(str, line)), check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        metrics.append(json.loads((tmp_path / f"{file.stem}.metrics.json").read_text()))
+    assert metrics[1]["AR100"] == pytest.approx(metrics[0]["AR100"], abs=5e-4)
+    assert metrics[1]["AP"] == pytest.approx(metrics[0]["AP"], abs=5e-4)
+    assert metrics[1]["AR100"] > 0
+
+
+def test_half_precision_is_for_the_file_alone(files: tuple[Path, Path], tmp_path: Path) -> None:
+    halved = onnx_ir.load(files[1])
+    store_in_half(halved.graph)
+    onnx_ir.save(halved, tmp_path / "half.onnx")
+    onnx.checker.check_model(tmp_path / "half.onnx", full_check=True)
+    types = [weight.data_type for weight in onnx.load(tmp_path / "half.onnx").graph.initializer]
+    assert onnx.TensorProto.FLOAT16 in types
+    assert (tmp_path / "half.onnx").stat().st_size < 0.75 * files[1].stat().st_size
+    images, sizes = pages(96, 64), torch.tensor([[96, 64]])
+    (found,), (expected,) = (OnnxModel(file)(images, sizes, [(96, 64)]) for file in (tmp_path / "half.onnx", files[1]))
+    torch.testing.assert_close(found.scores, expected.scores, atol=2e-3, rtol=0)
+
+
+def test_a_file_that_cannot_be_used_is_named(files: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "broken.onnx").write_bytes(files[1].read_bytes()[:1000])
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    ports = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy"]
+    graph = onnx.helper.make_graph([node], "other", ports[:1], ports[1:])
+    other = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(other, tmp_path / "other.onnx")
+    for name, message in {
+        "none.onnx": "no such file",
+        "broken.onnx": "onnxruntime cannot load it",
+        "other.onnx": "not an ONNX file of this project: lacks categories, config",
+    }.items():
+        with pytest.raises(CheckpointError, match=f"{name}: {message}"):
+            dfine.load(tmp_path / name)
+
+
+def test_what_an_onnx_file_cannot_do_is_said(files: tuple[Path, Path]) -> None:
+    with pytest.raises(ConfigError, match=r"model.onnx: .*leave out fast"):
+        dfine.load(files[1], fast=True)
+    with pytest.raises(CheckpointError, match=r"model.onnx: onnxruntime cannot use cuda here"):
+        dfine.load(files[1], device="cuda")
+
+
+def test_without_the_extra_both_sides_say_what_to_install(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(CheckpointError, match=r"pip install 'dfine\[export\]'"):
+        OnnxModel(files[1])
+    with pytest.raises(CheckpointError, match=r"pip install 'dfine\[export\]'"):
+        onnx_format.write(tmp_path / "model.onnx", model(), Config(model=MODEL), CATEGORIES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "onnx", "--out", "model.pt"], "model.pt: name a file that ends in .onnx"),
+        (["--format", "transformers", "--out", "folder", "--half"], "--half is for --format onnx"),
+    ],
+)
+def test_options_that_do_not_fit_are_mistakes(
+    files: tuple[Path, Path],
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["export", "--checkpoint", str(files[0]), *arguments])
+    with pytest.raises((CheckpointError, SystemExit)) as raised:
+        export.main()
+    assert message in f"{raised.value} {capsys.readouterr().err}"
+
+
+NANO = ["strides=[16,32]", "hidden_dim=128", "backbone.name=hgnetv2_b0", "decoder.points=[6,6]", "decoder.layers=3"]
+NANO += ["encoder.feedforward_dim=512", "encoder.depth_mult=0.5", "encoder.expansion=0.34"]
+NANO += ["decoder.feedforward_dim=512", "mean=[0,0,0]", "std=[1,1,1]"]
+
+
+@pytest.mark.skipif("DFINE_PARITY" not in os.environ, reason="takes minutes: DFINE_PARITY=1 runs it")
+@pytest.mark.parametrize("name", ["quickstart", "HGNet-N", "ConvNeXt-T"])
+def test_models_of_real_size_agree_with_their_files(name: str, tmp_path: Path) -> None:
+    base: Any = configs.load(ROOT / "configs/quickstart.yaml") if name == "quickstart" else Config()
+    changes = {"quickstart": [], "HGNet-N": NANO, "ConvNeXt-T": ["backbone.name=convnext_tiny"]}[name]
+    settings = configs.override(base, ["model.backbone.pretrained=false", *(f"model.{change}" for change in changes)])
+    torch.manual_seed(0)
+    whole = shaken(DFine(settings.model, 11), 0.02).eval()
+    onnx_format.write(tmp_path / "model.onnx", whole, settings, [{"id": i, "name": str(i)} for i in range(11)])
+    runtime = OnnxModel(tmp_path / "model.onnx")
+    for size in [(320, 320), (352, 250), (640, 480), (470, 928), (928, 640)]:
+        images, sizes = pages(*((side + 31) // 32 * 32 for side in size)), torch.tensor([size])
+        with torch.inference_mode():
+            (expected,) = answer(whole, images, sizes, [size])
+        (found,) = runtime(images, sizes, [size])
+        check(found, expected)
