@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from tiny import drawn_page, shaken, tiny_config, tiny_model
 from torch import Tensor
 
 import dfine
+import evaluate
 from dfine import config as configs
 from dfine import export, predict
 from dfine.checkpoints import onnx_format, ours
@@ -142,22 +142,28 @@ def test_predict_runs_it_without_a_torch_model(
         assert own["score"] == pytest.approx(theirs["score"], abs=1e-4)
 
 
-def test_evaluate_gives_the_checkpoints_metrics(files: tuple[Path, Path], tmp_path: Path) -> None:
-    val = coloured(tmp_path / "pages", count=6, names=("text", "figure", "table"))
+def test_evaluate_gives_the_checkpoints_metrics(
+    files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    val = coloured(tmp_path / "pages", count=4)
     json_file = Path(val["annotations"])
     coco = json.loads(json_file.read_text())
-    for annotation in coco["annotations"]:
-        annotation["category_id"] = {3: 3, 5: 5, 7: 9}[annotation["category_id"]]
-    json_file.write_text(json.dumps(coco | {"categories": CATEGORIES}))
+    truth = []  # some of what the model finds: of random weights no other truth has an AP
+    for entry in coco["images"]:
+        found = dfine.load(files[0], "cpu")(Path(val["images"]) / entry["file_name"], threshold=0)
+        for place in (1, 4, 9):
+            x1, y1, x2, y2 = found.boxes[place].tolist()
+            box = {"id": len(truth) + 1, "image_id": entry["id"], "bbox": [x1, y1, x2 - x1, y2 - y1]}
+            truth.append(box | {"category_id": CATEGORIES[found.classes[place]]["id"]})
+    json_file.write_text(json.dumps(coco | {"annotations": truth, "categories": CATEGORIES}))
     metrics = []
     for file in files:
         overrides = [f"data.val.images={val['images']}", f"data.val.annotations={json_file}", f"run_dir={tmp_path}"]
-        line = [sys.executable, ROOT / "evaluate.py", "--checkpoint", file, *overrides]
-        subprocess.run(list(map(str, line)), check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        monkeypatch.setattr(sys, "argv", ["evaluate", "--checkpoint", str(file), *overrides])
+        evaluate.main()
         metrics.append(json.loads((tmp_path / f"{file.stem}.metrics.json").read_text()))
-    assert metrics[1]["AR100"] == pytest.approx(metrics[0]["AR100"], abs=5e-4)
     assert metrics[1]["AP"] == pytest.approx(metrics[0]["AP"], abs=5e-4)
-    assert metrics[1]["AR100"] > 0
+    assert metrics[1]["AP"] > 0.1
 
 
 def test_half_precision_is_for_the_file_alone(files: tuple[Path, Path], tmp_path: Path) -> None:
