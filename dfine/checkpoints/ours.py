@@ -127,10 +127,15 @@ def assembled(path: str | Path, content: dict[str, Any]) -> tuple[DFine, Config,
         model = bare_model(config, categories)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    except Exception as error:  # of a damaged config: sizes that no tensor can have
+        raise CheckpointError(f"{path}: no model can be made of its config ({error})") from error
     wrong = misfit(model, content["ema"])
     if wrong:
         raise CheckpointError(f"{path}: does not fit the model of its own config at {wrong}")
-    model.load_state_dict(content["ema"])
+    try:
+        model.load_state_dict(content["ema"])
+    except RuntimeError as error:  # tensors of the right shapes that are sparse, or have no content
+        raise CheckpointError(f"{path}: its weights cannot be used ({' '.join(str(error).split())})") from error
     return model.eval(), config, categories
 
 
