@@ -97,7 +97,7 @@ def test_the_script_finds_and_measures_what_the_run_did_to_the_last_digit(
 
     monkeypatch.setattr(evaluation, "detect", detect)
     run_train(tmp_path / "tiny.yaml", tmp_path / "run", "data.short_edges=[64]", "model.decoder.layers=1")
-    theirs = answers.copy()
+    theirs = answers[:2]  # those behind them are for the picture
     answers.clear()
     script("--checkpoint", tmp_path / "run" / "last.pt")
     assert same(answers, theirs)
