@@ -16,7 +16,7 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 # Through this group processes wait for one another, on the CPU, and none is given up for being slow: the main process
-# saves and measures alone, which may take hours. Gradients keep torch's time limit: there, all are in the same step.
+# saves and measures alone, which may take hours. On GPUs gradients keep torch's limit: there, all are in the same step.
 _waiting: Any = None
 PATIENCE = timedelta(days=30)
 
@@ -31,9 +31,12 @@ def start() -> torch.device:
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         if "TORCHELASTIC_RUN_ID" in os.environ:
             threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-        global _waiting
-        _waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
+        if device.type == "cuda":
+            dist.init_process_group("cpu:gloo,cuda:nccl")
+            global _waiting
+            _waiting = dist.new_group(backend="gloo", timeout=PATIENCE)
+        else:  # one group for all: of two, torch 2.6 sometimes does not get rid at the end
+            dist.init_process_group("gloo", timeout=PATIENCE)
     return device
 
 

@@ -111,7 +111,7 @@ def test_the_report_names_machine_and_model_and_prints_every_row(report: tuple[d
 
 
 def test_the_benchmark_needs_the_peer_only_when_asked():
-    assert "transformers" not in sys.modules
+    assert "dfine.tools.peer" not in sys.modules
 
 
 def test_a_size_that_the_strides_do_not_divide_is_refused():
