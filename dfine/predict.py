@@ -33,7 +33,7 @@ from dfine.inference.results import CocoImages, JsonList, page_entry, read_predi
 def arguments(line: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", required=True, help="best.pt or last.pt of a run")
+    add("--checkpoint", required=True, help="best.pt, an ONNX file, published weights, or org/NAME")
     add("paths", nargs="+", type=Path, metavar="FILE_OR_FOLDER")
     add("--out", required=True, type=Path, help="folder for predictions.json and the pictures")
     add("--resume", action="store_true", help="go on after the pages in predictions.json; give the same options again")
