@@ -39,7 +39,6 @@ def test_a_run_stopped_in_mid_epoch_and_resumed_equals_the_uninterrupted_one(
 
 
 def test_accumulated_steps_and_muon_resume_exactly_too(config: Path, tmp_path: Path) -> None:
-    # Muon multiplies in bf16, which takes minutes for larger matrices on CPUs that cannot
     own = ("train.accumulate=2", "train.muon_factor=10", "model.backbone.name=test_resnet")
     train(config, tmp_path / "whole", *own)
     train(config, tmp_path / "parts", *own, "train.max_steps=3")
