@@ -66,6 +66,8 @@ def main() -> None:
                 run.save()
             if run.evaluation_due:
                 run.evaluate(val_batches, val_pages)
+    if not run.interrupted:
+        say(run.what_next())
     distributed.finish()
 
 

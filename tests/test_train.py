@@ -39,6 +39,21 @@ def test_a_run_leaves_config_metrics_checkpoints_and_a_picture(uninterrupted: Pa
     assert not model.training
 
 
+def test_the_bar_shows_ap_once_it_is_known_and_the_end_of_a_run_says_what_to_do_next(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "my run"
+    train(config, run, "train.max_steps=4")
+    printed = capsys.readouterr()
+    assert "AP=" not in printed.err
+    train(config, run, "--resume")
+    assert "AP=0." in capsys.readouterr().err
+    last = printed.out[printed.out.index("what next") :]
+    assert f"evaluate.py --checkpoint '{run / 'best.pt'}'\n" in last
+    assert f"dfine.predict --checkpoint '{run / 'best.pt'}'" in last
+    assert f"tensorboard --logdir '{run}'\n" in last
+
+
 def test_the_same_seed_trains_the_same_weights_whatever_the_workers(
     config: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:

@@ -142,7 +142,8 @@ def train_epoch(run: Run, loader: DataLoader[Batch], sampler: TrainBatches, loss
                 if run.step % run.LOG_EVERY == 0:
                     for name, value in values.items():
                         run.board.add_scalar(f"train/{name}", value, run.step)
-            bar.set_postfix({key: f"{values[key]:.3g}" for key in shown}, refresh=False)
+            known = {} if run.ap is None else {"AP": f"{run.ap:.3f}"}
+            bar.set_postfix(known | {key: f"{values[key]:.3g}" for key in shown}, refresh=False)
             bar.update()
             yield run.step
 

@@ -1,5 +1,6 @@
 """A training run: its state, and the folder it is written to."""
 
+import shlex
 import signal
 import time
 from pathlib import Path
@@ -48,7 +49,9 @@ class Run:
         self.ema = optim.Average(model, config.train)
         self.optimizer = optim.optimizer(model, config.train)
         self.epoch_steps, self.step = epoch_steps, 0
-        self.saved, self.evaluated, self.best = 0, 0, -1.0  # the last steps that were; the highest AP
+        self.saved, self.evaluated = 0, 0  # the last steps that were
+        self.best = -1.0  # the highest AP
+        self.ap: float | None = None  # the last one; None: not known yet, or no boxes to find
         self.signalled, self.interrupted = False, False  # in this process; as agreed by all
         self.ctrl_c: float | None = None  # when the first one came
         self.since_evaluation: list[dict[str, float]] = []
@@ -99,7 +102,7 @@ class Run:
             say(f"resumed {self.folder} at step {self.step} of {self.last_step}")
         if len(set(distributed.gather(self.step))) > 1:
             raise ConfigError(f"run_dir: not every process finds the run in {self.folder}; all machines must share it")
-        self.evaluated, self.best = distributed.on_main(self.recall_evaluations)
+        self.evaluated, self.best, self.ap = distributed.on_main(self.recall_evaluations)
         if distributed.is_main():
             (self.folder / "config.yaml").write_text(yaml.safe_dump(configs.to_dict(self.config), sort_keys=False))
             self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
@@ -197,7 +200,7 @@ class Run:
             say(f"told to stop; saved at step {self.step}, go on with --resume")
             return
         distributed.on_main(lambda: self.record(found, pages))
-        self.evaluated, self.best = self.step, max(self.best, found["AP"] or 0.0)
+        self.evaluated, self.best, self.ap = self.step, max(self.best, found["AP"] or 0.0), found["AP"]
 
     def record(self, found: dict[str, Any], pages: Source) -> None:
         """Writes down an evaluation.
@@ -234,14 +237,26 @@ class Run:
         (self.folder / "pictures").mkdir(exist_ok=True)
         Image.fromarray(picture).save(self.folder / "pictures" / f"step_{self.step:07d}.png")
 
-    def recall_evaluations(self) -> tuple[int, float]:
-        """The last evaluated step and the highest AP; what came after the resumed step is forgotten."""
+    def recall_evaluations(self) -> tuple[int, float, float | None]:
+        """The last evaluated step, the highest AP and the last; what came after the resumed step is forgotten."""
         lines = metrics.recall(self.folder / "metrics.jsonl", self.step)
         if not lines:
-            return self.evaluated, self.best
+            return self.evaluated, self.best, self.ap
         if lines[-1]["step"] == self.step:
             self.since_evaluation = []
-        return lines[-1]["step"], max(line["AP"] or 0.0 for line in lines)
+        return lines[-1]["step"], max(line["AP"] or 0.0 for line in lines), lines[-1]["AP"]
+
+    def what_next(self) -> str:
+        """For the end of a run: where its weights are, and the commands that use them."""
+        best, predictions, folder = (
+            shlex.quote(str(path)) for path in (self.folder / "best.pt", self.folder / "predictions", self.folder)
+        )
+        return (
+            f"done: {best} has the best weights, AP {self.best:.3f}; what next:\n"
+            f"  python evaluate.py --checkpoint {best}\n"
+            f"  python -m dfine.predict --checkpoint {best} FILE_OR_FOLDER --out {predictions}\n"
+            f"  tensorboard --logdir {folder}"
+        )
 
 
 # What last.pt holds beside weights for use.
