@@ -73,7 +73,7 @@ def test_the_script_writes_metrics_and_detections_beside_the_checkpoint(
 ) -> None:
     script("--checkpoint", best)
     metrics = json.loads((best.parent / "best.metrics.json").read_text())
-    assert set(metrics) == {*OFFICIAL, "AP_300", "per_class"}
+    assert set(metrics) == {*OFFICIAL, "AP_300", "per_class", "shown"}
     assert table(metrics) in capsys.readouterr().out
     results = COCO(pages.annotations).loadRes(str(best.parent / "best.detections.json"))
     assert len(results.getAnnIds()) == 5 * 24

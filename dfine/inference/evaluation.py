@@ -12,7 +12,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.ops import box_convert
+from torchvision.ops import box_convert, box_iou
 from tqdm import tqdm
 
 from dfine import distributed
@@ -27,6 +27,8 @@ from dfine.structures import Batch, Detections
 # name says otherwise; s, m, l are boxes of up to 32^2, up to 96^2 and more square pixels of the original page.
 OFFICIAL = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 MAX_DETECTIONS = [1, 10, 100, 300]  # a page: COCO's three, and as many as `detect` gives
+
+SHOWN = 0.3  # the score from which on a detection is shown to people, as `predict` does by default
 
 
 class Stopped(Exception):
@@ -167,8 +169,8 @@ def coco_metrics(ground_truth: dict[str, Any], detections: list[dict[str, Any]])
         ground_truth: a COCO dictionary; annotation ids must not be 0 (see `read_coco`).
         detections: COCO results; may be empty.
     Returns:
-        COCO's twelve numbers by the names in `OFFICIAL`; `AP_300`, the AP with up to 300 boxes a page; and `per_class`,
-        AP and AP50 by class name, with the id behind a name that several classes have.
+        COCO's twelve numbers by the names in `OFFICIAL`; `AP_300`, the AP with up to 300 boxes a page; `per_class`, AP
+        and AP50 by class name, with the id behind a name that several classes have; and `shown`, see there.
     """
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
         truth = COCO()
@@ -194,7 +196,36 @@ def coco_metrics(ground_truth: dict[str, Any], detections: list[dict[str, Any]])
         name: {"AP": _mean(precision[:, :, i, official]), "AP50": _mean(precision[0, :, i, official])}
         for i, name in enumerate(names)
     }
+    metrics["shown"] = shown(result, detections)
     return metrics
+
+
+def shown(result: COCOeval, detections: list[dict[str, Any]]) -> dict[str, float | None]:
+    """What people see of it, with scores from .3 on: `precision` and `recall` at IoU .5, and `duplicates` a page.
+
+    A duplicate has an IoU above .7 with a better detection of its class; these are counted before `predict` drops them.
+    """
+    everything = [e for e in result.evalImgs if e is not None and e["aRng"] == result.params.areaRng[0]]
+    truths, found, right = 0, 0, 0
+    for page in everything:  # of one class each
+        counted = (np.array(page["dtScores"]) >= SHOWN) & ~page["dtIgnore"][0].astype(bool)
+        truths += int((~np.array(page["gtIgnore"], bool)).sum())
+        found += int(counted.sum())
+        right += int((page["dtMatches"][0] > 0)[counted].sum())
+    groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for detection in detections:
+        if detection["score"] >= SHOWN:
+            groups.setdefault((detection["image_id"], detection["category_id"]), []).append(detection)
+    duplicates = 0
+    for group in groups.values():
+        boxes = torch.tensor([d["bbox"] for d in sorted(group, key=lambda d: -d["score"])], dtype=torch.float64)
+        overlaps = box_iou(*[box_convert(boxes, "xywh", "xyxy")] * 2).triu(1)  # [i, j]: i is better than j
+        duplicates += int((overlaps > 0.7).any(0).sum())
+    return {
+        "precision": right / found if found else None,
+        "recall": right / truths if truths else None,
+        "duplicates": duplicates / max(1, len(result.params.imgIds)),
+    }
 
 
 def _mean(values: np.ndarray) -> float | None:
@@ -205,12 +236,14 @@ def _mean(values: np.ndarray) -> float | None:
 
 def table(metrics: dict[str, Any]) -> str:
     """The metrics as plain text: all classes in a few lines, then a line a class."""
-    numbers = {name: value for name, value in metrics.items() if name != "per_class"}
+    numbers = {name: value for name, value in metrics.items() if name not in ("per_class", "shown")}
+    people = ", ".join(f"{name} {_cell(value).strip()}" for name, value in metrics["shown"].items())
     width = max(len(name) for name in (*metrics["per_class"], "class"))
     return "\n".join(
         [
             "".join(f"{name:>7}" for name in numbers),
             "".join(map(_cell, numbers.values())),
+            f"scores from {SHOWN} on: {people} a page",
             "",
             f"{'class':{width}}     AP   AP50",
             *(f"{name:{width}}{_cell(m['AP'])}{_cell(m['AP50'])}" for name, m in metrics["per_class"].items()),

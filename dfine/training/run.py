@@ -224,7 +224,8 @@ class Run:
         """An evaluation for people: scalars, a histogram and a picture."""
         assert self.board is not None
         classes = {f"val_class/{name}": numbers["AP"] for name, numbers in found["per_class"].items()}
-        overall = {f"val/{name}": value for name, value in found.items() if name != "per_class"}
+        overall = {f"val/{name}": value for name, value in found.items() if name not in ("per_class", "shown")}
+        overall |= {f"val_shown/{name}": value for name, value in found["shown"].items()}
         for name, value in (overall | classes).items():
             if value is not None:
                 self.board.add_scalar(name, value, self.step)

@@ -53,6 +53,19 @@ def test_finding_nothing_gives_0(tmp_path: Path) -> None:
     assert metrics["per_class"]["text"] == {"AP": 0.0, "AP50": 0.0}
 
 
+def test_what_people_see_has_a_score_of_at_least_point_3_and_doubles_are_counted_within_a_class(
+    tmp_path: Path,
+) -> None:
+    shifted = {**found(THREE[:1], 0.6)[0], "bbox": [11, 10, 50, 40]}  # IoU .96 with the first
+    other_class = {**shifted, "category_id": 3}
+    moved = {**shifted, "bbox": [25, 10, 50, 40]}  # IoU .54: a mistake, but no duplicate
+    unseen = found(THREE[2:], 0.29)  # right, with too low a score
+    metrics = coco_metrics(truth(tmp_path, THREE), [*found(THREE[:2]), shifted, other_class, moved, *unseen])
+    assert metrics["shown"] == pytest.approx({"precision": 2 / 5, "recall": 2 / 3, "duplicates": 1 / 2})
+    nothing = coco_metrics(truth(tmp_path, []), [])
+    assert nothing["shown"] == {"precision": None, "recall": None, "duplicates": 0}
+
+
 def test_without_any_truth_there_is_nothing_to_say(tmp_path: Path) -> None:
     metrics = coco_metrics(truth(tmp_path, []), found(THREE))
     assert {metrics[name] for name in (*OFFICIAL, "AP_300")} == {None}

@@ -368,7 +368,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(config: Path, tmp_path: Pat
 def test_with_nothing_to_compare_the_newest_is_the_best(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: float | None
 ) -> None:
-    monkeypatch.setattr(run_module, "evaluate", lambda *_: {"AP": metric, "per_class": {}})
+    monkeypatch.setattr(run_module, "evaluate", lambda *_: {"AP": metric, "per_class": {}, "shown": {}})
     train(config, tmp_path, "train.max_steps=2", "train.eval_every=1")
     assert len(evaluations(tmp_path)) == 2
     assert same(ours.read(tmp_path / "best.pt")["ema"], state(tmp_path)["ema"])
@@ -379,7 +379,7 @@ def measuring(averages: list[float], seen: list[Any]) -> Callable[..., dict[str,
 
     def evaluate(model: DFine, *_: Any) -> dict[str, Any]:
         seen.append({name: x.clone() for name, x in model.state_dict().items()})
-        return {"AP": averages[len(seen) - 1], "per_class": {}}
+        return {"AP": averages[len(seen) - 1], "per_class": {}, "shown": {}}
 
     return evaluate
 
