@@ -82,6 +82,18 @@ class Denoising(NamedTuple):
     queries: NoisedTruth
 
 
+class Cells(NamedTuple):
+    """What the encoder's heads say of every memory cell: what query selection chooses from."""
+
+    logits: Tensor  # (B, S, C)
+    boxes: Tensor  # (B, S, 4)
+    anchors: Tensor  # (B, S, 4)
+    valid: (
+        Tensor  # (B, S) bool: False in the padding and where the anchor touches the border; what is said there is idle
+    )
+    memory: Tensor  # (B, S, D) as the decoder reads it
+
+
 class DFineOutput(NamedTuple):
     refined: Refinement
     queries: Queries
@@ -89,6 +101,7 @@ class DFineOutput(NamedTuple):
     encoder: Prediction | None = None  # the query-selection head; in training mode
     denoising: Denoising | None = None  # where noised truth was passed in
     shared: Refinement | None = None  # where another model's queries were passed in (distillation)
+    cells: Cells | None = None  # where dense answers were asked for
 
 
 class Matches(NamedTuple):

@@ -112,7 +112,7 @@ def test_invalid_anchors_cannot_win():
     _, valid = selection.anchors(shapes, None, memory)
     theirs = selection.class_head(selection.norm(selection.project(memory * valid[..., None]))).amax(-1).topk(4).indices
     assert not valid[0, theirs].any()
-    _, queries, _ = selection(memory, shapes, None)
+    _, queries, *_ = selection(memory, shapes, None)
     assert valid[0, queries.cells].all()
 
 

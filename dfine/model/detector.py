@@ -13,7 +13,7 @@ from dfine.model.decoder import Decoder, DecoderLayer, class_head
 from dfine.model.denoising import attention_mask
 from dfine.model.fdr import FullPrecision, mlp, xavier, zero_last
 from dfine.model.hybrid_encoder import AIFI, ConvNorm, HybridEncoder, RepNCSPELAN4, RepVGG
-from dfine.structures import Denoising, Detections, DFineOutput, NoisedTruth, Prediction, Queries, Refinement
+from dfine.structures import Cells, Denoising, Detections, DFineOutput, NoisedTruth, Prediction, Queries, Refinement
 
 Head = TypeVar("Head", Prediction, Refinement)
 
@@ -61,6 +61,7 @@ class DFine(nn.Module):
         sizes: Tensor | None = None,
         noised: NoisedTruth | None = None,
         shared: Queries | None = None,
+        dense: bool = False,
     ) -> DFineOutput:
         """
         Args:
@@ -69,6 +70,7 @@ class DFine(nn.Module):
                 the CPU, also where the images are on a GPU: pages are grouped by them.
             noised: denoising queries; in training mode only.
             shared: another model's queries, which this decoder answers as well (distillation).
+            dense: what the encoder's heads say of every memory cell is returned too, with its gradient.
         Returns:
             All heads in training mode; in evaluation mode only the last layer, as L = 1.
         """
@@ -86,7 +88,7 @@ class DFine(nn.Module):
             memory = memory * torch.cat(on_page, dim=1)[..., None]
         places = (memory, shapes, valid_ratio)
 
-        encoder, queries, tokens = self.selection(memory, shapes, sizes)
+        encoder, queries, tokens, cells = self.selection(memory, shapes, sizes, dense)
         x, reference, mask, slots = gather(tokens, queries.cells), queries.proposal, None, 0
         seen = keys(queries.real)
         if noised is not None:
@@ -108,7 +110,7 @@ class DFine(nn.Module):
             answers, _ = self.decoder(content, shared.proposal, *places, None, seen, every_layer=self.training)
             answers = silenced(answers, shared.real)
         refined, initial, encoder = (head and silenced(head, queries.real) for head in (refined, initial, encoder))
-        return DFineOutput(refined, queries, initial, encoder, denoising, answers)
+        return DFineOutput(refined, queries, initial, encoder, denoising, answers, cells)
 
     def encode(self, images: Tensor, sizes: Tensor | None) -> list[Tensor]:
         """The encoder's maps (B, D, H / stride, W / stride)."""
@@ -203,26 +205,46 @@ class QuerySelection(nn.Module):
         nn.init.xavier_uniform_(self.project.weight)
 
     def forward(
-        self, memory: Tensor, shapes: list[tuple[int, int]], sizes: Tensor | None
-    ) -> tuple[Prediction | None, Queries, Tensor]:
+        self, memory: Tensor, shapes: list[tuple[int, int]], sizes: Tensor | None, dense: bool = False
+    ) -> tuple[Prediction | None, Queries, Tensor, Cells | None]:
         """(B, S, D) -> in training mode the answer at the selected cells; where they are; all tokens (B, S, D).
 
-        The tokens have no gradient.
+        The tokens have no gradient. The fourth is the answer at every cell, with its gradient, if `dense` asks for it.
         """
         anchors, valid = self.anchors(shapes, sizes, memory)  # (B or 1, S, 4), (B or 1, S)
+        if dense:
+            return self.densely(memory, anchors, valid)
         memory = memory * valid[..., None]
         # Ranking has no gradient, but must not run under `no_grad`: up to torch 2.10 autocast would remember the half-
         # precision copies of the weights that it makes here, without a gradient, and use them for the answer as well.
         tokens = self.norm(self.project(memory.detach())).detach()  # (B, S, D)
-        score = full_precision(self.class_head(tokens)).amax(-1).masked_fill(~valid, -torch.inf)  # (B, S)
-        best, index = score.topk(min(self.queries, score.shape[1]))  # (B, Q)
+        real, index = self.best(full_precision(self.class_head(tokens)), valid)  # (B, Q)
         anchors = gather(anchors.expand(index.shape[0], -1, -1), index)  # (B, Q, 4); len() would fix an ONNX file's B
         # The selected tokens (B, Q, D) are made again, so that the backward pass is over these alone.
         again = torch.is_grad_enabled()
         selected = self.norm(self.project(gather(memory, index))) if again else gather(tokens, index)
         boxes = (self.box_head(selected) + logit(anchors)).sigmoid()  # (B, Q, 4)
         answer = Prediction(full_precision(self.class_head(selected)), boxes) if self.training else None
-        return answer, Queries(index, boxes.detach(), best != -torch.inf), tokens
+        return answer, Queries(index, boxes.detach(), real), tokens, None
+
+    def densely(
+        self, memory: Tensor, anchors: Tensor, valid: Tensor
+    ) -> tuple[Prediction | None, Queries, Tensor, Cells]:
+        """`forward` from the answer at every cell: that at the selected cells is a part of it."""
+        tokens = self.norm(self.project(memory * valid[..., None]))  # (B, S, D)
+        logits = full_precision(self.class_head(tokens))  # (B, S, C)
+        boxes = (self.box_head(tokens) + logit(anchors)).sigmoid()  # (B, S, 4)
+        real, index = self.best(logits.detach(), valid)  # (B, Q)
+        selected = Prediction(gather(logits, index), gather(boxes, index))
+        queries = Queries(index, selected.boxes.detach(), real)
+        cells = Cells(logits, boxes, anchors.expand_as(boxes), valid.expand(boxes.shape[:2]), memory)
+        return selected if self.training else None, queries, tokens.detach(), cells
+
+    def best(self, logits: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether there are valid cells for the Q queries, and which are the best; (B, S, C), (B or 1, S) -> (B, Q)."""
+        score = logits.amax(-1).masked_fill(~valid, -torch.inf)  # (B, S)
+        best, index = score.topk(min(self.queries, score.shape[1]))
+        return best != -torch.inf, index
 
     def anchors(self, shapes: list[tuple[int, int]], sizes: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
         """A box at the centre of each cell with sides 0.05 * 2^level, and whether all its numbers lie in (0.01, 0.99).

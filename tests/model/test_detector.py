@@ -337,7 +337,7 @@ def memory_of(height: int, width: int, loud: list[int]) -> tuple[Tensor, list[tu
 
 def test_the_cells_with_the_best_class_become_queries():
     memory, shapes = memory_of(32, 48, loud=[3, 17, 26])  # 4x6 cells, then 2x3
-    head, queries, _ = selection(3)(memory, shapes, None)
+    head, queries, *_ = selection(3)(memory, shapes, None)
     assert set(queries.cells[0].tolist()) == {3, 17, 26}
     assert head.logits.argmax(-1).tolist() == [[1, 1, 1]]
     boxes = dict(zip(queries.cells[0].tolist(), queries.proposal[0].tolist(), strict=True))
@@ -349,7 +349,7 @@ def test_a_proposal_is_its_own_cells_answer():
     """All cells but one hold the same, so all boxes but one move by the same from their anchors, in logits."""
     chooser, (memory, shapes) = selection(30), memory_of(32, 48, loud=[17])
     torch.nn.init.normal_(chooser.box_head[-1].weight)
-    _, queries, _ = chooser(memory, shapes, None)
+    _, queries, *_ = chooser(memory, shapes, None)
     anchors = torch.tensor([anchor(cell, 32, 48) for cell in queries.cells[0].tolist()])
     moved = (queries.proposal[0].logit() - anchors.logit()).abs().sum(-1)
     assert queries.cells[0, 0] == 17
@@ -365,7 +365,7 @@ def test_cells_in_the_padding_cannot_be_selected():
     chooser = selection(7)
     with torch.no_grad():
         chooser.class_head.bias.fill_(-100)
-    _, queries, _ = chooser(memory, shapes, torch.tensor([[16, 24]]))
+    _, queries, *_ = chooser(memory, shapes, torch.tensor([[16, 24]]))
     assert set(queries.cells[0].tolist()) == {0, 1, 2, 6, 7, 8, 24}
     assert ((queries.proposal > 0) & (queries.proposal < 1)).all()
 
@@ -440,6 +440,52 @@ def test_every_parameter_learns_from_pages_with_boxes():
 def test_every_parameter_gets_a_finite_gradient_from_empty_pages(targets: list[Target]):
     """A process whose pages are blank must not leave the others waiting for its gradients."""
     assert [name for name, grad in gradients(targets).items() if grad is None or not grad.isfinite().all()] == []
+
+
+# Every cell
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_asking_for_every_cell_changes_no_other_answer(training: bool):
+    model = trained().train(training)
+    plain, dense = model(pages(), SIZES), model(pages(), SIZES, dense=True)
+    assert plain.cells is None
+    same(dense.refined, plain.refined)
+    assert torch.equal(dense.queries.cells, plain.queries.cells)
+    assert torch.equal(dense.queries.real, plain.queries.real)
+    if training:
+        torch.testing.assert_close(dense.encoder, plain.encoder)
+        torch.testing.assert_close(dense.encoder.logits, gather(dense.cells.logits, dense.queries.cells))
+
+
+def test_every_cell_has_an_answer_an_anchor_and_its_memory():
+    model = trained()
+    cells = model(pages(), SIZES, dense=True).cells
+    shapes = [tuple(x.shape) for x in cells]
+    assert shapes == [(2, 126, 3), (2, 126, 4), (2, 126, 4), (2, 126), (2, 126, 32)]
+    anchors, valid = model.selection.anchors([(8, 12), (4, 6), (2, 3)], SIZES, torch.zeros(1))
+    assert torch.equal(cells.anchors, anchors)
+    assert torch.equal(cells.valid, valid)
+    assert 0 < valid[1].sum() < valid[0].sum()  # the second page is smaller
+
+
+def test_pages_that_fill_the_canvas_have_one_answer_each():
+    cells = trained()(pages(), dense=True).cells
+    assert {x.shape[0] for x in cells} == {2}
+
+
+def test_every_valid_cell_teaches_the_encoder_and_no_other_does():
+    model = trained()
+    cells = model(pages(), SIZES, dense=True).cells
+    (gradient,) = torch.autograd.grad(cells.logits.sum() + cells.boxes.sum(), cells.memory)
+    assert torch.equal((gradient != 0).any(-1), cells.valid)
+
+
+def test_every_parameter_gets_a_gradient_where_every_cell_answers():
+    model = trained()
+    output = model(pages(), noised=noised([WITH_BOXES] * 2), dense=True)
+    sum(term.sum() for term in criterion(output, [WITH_BOXES] * 2, model.decoder.w, LossConfig()).values()).backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
 # Denoising and shared queries
