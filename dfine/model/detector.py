@@ -15,7 +15,7 @@ from dfine.model.fdr import FullPrecision, mlp, xavier, zero_last
 from dfine.model.hybrid_encoder import AIFI, ConvNorm, HybridEncoder, RepNCSPELAN4, RepVGG
 from dfine.structures import Cells, Denoising, Detections, DFineOutput, NoisedTruth, Prediction, Queries, Refinement
 
-Head = TypeVar("Head", Prediction, Refinement)
+Head = TypeVar("Head", Prediction, Refinement, Cells)
 
 
 NOTHING = -1e4  # the logits of a query that no cell stands for: a score of 0 that learns nothing
@@ -68,7 +68,7 @@ class DFine(nn.Module):
             images: (B, 3, H, W) RGB, uint8 or float in [0, 1]; H and W are multiples of the last stride.
             sizes: (B, 2) valid height, width of each page; None: the pages fill the canvas. In evaluation mode best on
                 the CPU, also where the images are on a GPU: pages are grouped by them.
-            noised: denoising queries; in training mode only.
+            noised: denoising queries.
             shared: another model's queries, which this decoder answers as well (distillation).
             dense: what the encoder's heads say of every memory cell is returned too, with its gradient.
         Returns:
@@ -101,7 +101,6 @@ class DFine(nn.Module):
 
         denoising = None
         if noised is not None:
-            assert initial is not None, "denoising queries are for training mode"
             denoising = Denoising(*split(refined, initial, slice(None, slots)), noised)
             refined, initial = split(refined, initial, slice(slots, None))
         answers = None
@@ -298,13 +297,13 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def split(refined: Refinement, initial: Prediction, part: slice) -> tuple[Refinement, Prediction]:
+def split(refined: Refinement, initial: Prediction | None, part: slice) -> tuple[Refinement, Prediction | None]:
     """The given queries' share of what the decoder says, as tensors of their own.
 
     Of slices of one tensor `torch.compile` would mistake one for another where they are answers of a model.
     """
     logits, boxes, edge_logits = (x[:, :, part].clone() for x in refined[:3])
-    first = Prediction(initial.logits[:, part].clone(), initial.boxes[:, part].clone())
+    first = initial and Prediction(initial.logits[:, part].clone(), initial.boxes[:, part].clone())
     return Refinement(logits, boxes, edge_logits, refined.initial_boxes[:, part].clone()), first
 
 
