@@ -225,4 +225,4 @@ def load_teacher(config: Config, source: str, categories: list[dict[str, Any]]) 
     labels = teacher.denoising_labels.weight[[*rows, -1]]  # the last one is of padded slots
     teacher.denoising_labels = nn.Embedding.from_pretrained(labels, padding_idx=len(rows))
     teacher.classes = len(rows)
-    return teacher.requires_grad_(False)
+    return teacher.requires_grad_(False).eval()
