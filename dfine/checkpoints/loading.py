@@ -187,7 +187,7 @@ def _class_map(
 
 
 def load_teacher(config: Config, source: str, categories: list[dict[str, Any]]) -> DFine:
-    """The frozen model of `distill.teacher`, in evaluation mode; everything about it comes from its checkpoint.
+    """The frozen model of `distill.teacher`, deployed; everything about it comes from its checkpoint.
 
     Classes that only the teacher knows are left out of it.
 
@@ -225,4 +225,4 @@ def load_teacher(config: Config, source: str, categories: list[dict[str, Any]]) 
     labels = teacher.denoising_labels.weight[[*rows, -1]]  # the last one is of padded slots
     teacher.denoising_labels = nn.Embedding.from_pretrained(labels, padding_idx=len(rows))
     teacher.classes = len(rows)
-    return teacher.requires_grad_(False).eval()
+    return teacher.deploy().requires_grad_(False).eval()  # deployed, its forward pass takes less
