@@ -13,6 +13,7 @@ from dfine.model.decoder import Decoder, DecoderLayer, class_head
 from dfine.model.denoising import attention_mask
 from dfine.model.fdr import FullPrecision, mlp, xavier, zero_last
 from dfine.model.hybrid_encoder import AIFI, ConvNorm, HybridEncoder, RepNCSPELAN4, RepVGG
+from dfine.model.pyramid import SimplePyramid
 from dfine.structures import Cells, Denoising, Detections, DFineOutput, NoisedTruth, Prediction, Queries, Refinement
 
 Head = TypeVar("Head", Prediction, Refinement, Cells)
@@ -25,7 +26,7 @@ class DFine(nn.Module):
     """Pages in, boxes out.
 
     Everything is computed in the frame of each page's own valid size, so that a page's answer does not depend on
-    how far its batch is padded (in training, up to convolutions that read padding).
+    how far its batch is padded (in training, up to what the backbone and convolutions read of the padding).
     """
 
     mean: Tensor
@@ -36,8 +37,10 @@ class DFine(nn.Module):
         self.strides, self.classes = config.strides, classes
         dim, encoder_dim = config.hidden_dim, config.encoder.hidden_dim or config.hidden_dim
         self.backbone = Backbone(config.backbone, config.strides)
+        plain = self.backbone.plain
+        self.pyramid = SimplePyramid(self.backbone.channels[0], config.strides) if plain else None
         self.encoder = HybridEncoder(
-            self.backbone.channels,
+            self.pyramid.channels if self.pyramid else self.backbone.channels,
             encoder_dim,
             config.encoder.heads,
             config.encoder.feedforward_dim,
@@ -117,7 +120,8 @@ class DFine(nn.Module):
         if sizes is not None:
             sizes = sizes.to(images.device, non_blocking=True)
             on_page = cells_on_page((images.shape[-2], images.shape[-1]), sizes, self.strides[-1])
-        maps = self.encoder(self.backbone(self.normalise(images, sizes)), on_page)
+        maps = self.backbone(self.normalise(images, sizes))
+        maps = self.encoder(self.pyramid(maps) if self.pyramid else maps, on_page)
         return [project(x) for project, x in zip(self.projections, maps, strict=True)]
 
     def encode_apart(self, images: Tensor, sizes: Tensor | None) -> list[Tensor]:
