@@ -53,9 +53,7 @@ def _require(holds: bool, key: str, what: str, found: Any) -> None:
 
 
 class BackboneConfig(Section):
-    name: str = (
-        "convnext_large.dinov3_lvd1689m"  # any timm model with `features_only` and these strides, or with 16 alone
-    )
+    name: str = "convnext_large.dinov3_lvd1689m"  # any timm model with `features_only` and the strides, or 16 alone
     pretrained: bool = True  # timm's weights; they carry their own licence
     weights: str = ""  # those weights as a local file, for machines without network
     checkpointing: bool = False  # trade time for memory: recompute the activations in the backward pass
