@@ -14,7 +14,7 @@ from dfine.data.batches import evaluation_loader, train_loader
 from dfine.data.sources import open_source
 from dfine.distributed import say
 from dfine.losses.criterion import criterion
-from dfine.losses.distillation import active, distillation
+from dfine.losses.distillation import active, answered, asked, distillation, memory_projection
 from dfine.model.denoising import freshly_noised
 from dfine.structures import Batch
 from dfine.training import engine
@@ -41,23 +41,23 @@ def main() -> None:
     model = engine.build(settings, train_pages.categories, device, resumed)
     teacher = load_teacher(settings, arguments.config, train_pages.categories)
     teacher.to(device).to(memory_format=torch.channels_last)
-    run = Run(settings, train_pages.categories, model, device, len(sampler) // settings.train.accumulate)
+    projection = memory_projection(model, teacher).to(device) if settings.distill.memory.weight else None
+    run = Run(settings, train_pages.categories, model, device, len(sampler) // settings.train.accumulate, projection)
     run.open(arguments.resume)
     replica = engine.parallel(model, settings.train, device, settings.data.batch_size)
+    projected = engine.replicated(run.auxiliary, device)
 
     def losses_of(batch: Batch) -> dict[str, torch.Tensor]:
         noised = freshly_noised(batch.targets, model.classes, settings.model.denoising)
         weights = active(settings.distill, run.step / run.epoch_steps)
         with engine.autocast(device, settings.train):
-            with torch.no_grad():
-                taught = teacher(batch.images, batch.sizes) if weights else None
-            output = replica(batch.images, batch.sizes, noised, taught.queries if taught else None)
+            taught = asked(teacher, batch, noised, weights)
+            output = answered(replica, projected, batch, noised, taught, weights)
         losses = criterion(output, batch.targets, model.decoder.w, settings.loss)
         losses = {name: settings.distill.beta * loss for name, loss in losses.items()}
         if taught:
             w = (model.decoder.w, teacher.decoder.w)
-            answers, real = (output.shared, taught.refined, *w), taught.queries.real
-            losses |= distillation(*answers, batch.targets, weights, settings.distill, settings.loss.matcher, real)
+            losses |= distillation(output, taught, *w, batch.targets, weights, settings.distill, settings.loss.matcher)
         return losses
 
     while not run.done:

@@ -53,7 +53,7 @@ def _require(holds: bool, key: str, what: str, found: Any) -> None:
 
 
 class BackboneConfig(Section):
-    name: str = "convnext_large.dinov3_lvd1689m"  # any timm model with `features_only` and the strides below
+    name: str = "convnext_large.dinov3_lvd1689m"  # any timm model with `features_only` and the strides, or 16 alone
     pretrained: bool = True  # timm's weights; they carry their own licence
     weights: str = ""  # those weights as a local file, for machines without network
     checkpointing: bool = False  # trade time for memory: recompute the activations in the backward pass
@@ -151,15 +151,33 @@ class GoLsdConfig(Section):
     start_epoch: NonNegative = 0.0  # epochs before it counts, fractions included
 
 
+class CellsDistillConfig(Section):
+    classes: NonNegative = 1.0  # binary KL of the encoder's scores at every memory cell
+    boxes: NonNegative = 0.0  # L1 of the encoder's boxes, as far as the teacher trusts a cell; 5 is as loss.l1
+    end_epoch: NonNegative = 0.0  # both fade linearly until then; 0: they stay
+
+
+class MemoryDistillConfig(Section):
+    weight: NonNegative = 0.0  # 2 is worth a trial
+    end_epoch: NonNegative = 0.0  # it fades linearly until then; 0: it stays
+
+
 class DistillConfig(Section):
-    """Total loss: alpha x (class + box + GO-LSD) on the teacher's queries + beta x the losses of `loss`."""
+    """Total loss: alpha x (queries + cells + memory) + beta x the losses of `loss`.
+
+    Queries: (class + box + GO-LSD) x (`shared` on the teacher's queries + `denoising` on the denoising queries).
+    """
 
     teacher: str = ""  # a checkpoint (as model.init_from) with this run's strides and class names; for distill.py alone
     alpha: NonNegative = 1.0  # 0: the teacher is not asked
-    beta: NonNegative = 1.0  # 0: the truth teaches nothing, query selection included
+    beta: NonNegative = 1.0  # 0: the truth teaches nothing
+    shared: NonNegative = 1.0  # 0: the student's decoder does not run a second time
+    denoising: NonNegative = 0.0  # needs a teacher that was trained with denoising queries; 1 is worth a trial
     classes: ClassDistillConfig = ClassDistillConfig()
     boxes: BoxDistillConfig = BoxDistillConfig()
     go_lsd: GoLsdConfig = GoLsdConfig()
+    cells: CellsDistillConfig = CellsDistillConfig()
+    memory: MemoryDistillConfig = MemoryDistillConfig()
 
 
 class PagesConfig(Section):
@@ -241,6 +259,17 @@ class Config(Section):
     distill: DistillConfig = DistillConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        denoising = self.distill.denoising
+        _require(
+            not denoising or self.model.denoising.queries > 0,
+            "distill.denoising",
+            "0 where model.denoising.queries is 0",
+            denoising,
+        )
+        return self
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

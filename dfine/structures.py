@@ -78,7 +78,7 @@ class Denoising(NamedTuple):
     """Outputs of the denoising queries."""
 
     refined: Refinement
-    initial: Prediction
+    initial: Prediction | None  # in training mode
     queries: NoisedTruth
 
 
@@ -88,9 +88,7 @@ class Cells(NamedTuple):
     logits: Tensor  # (B, S, C)
     boxes: Tensor  # (B, S, 4)
     anchors: Tensor  # (B, S, 4)
-    valid: (
-        Tensor  # (B, S) bool: False in the padding and where the anchor touches the border; what is said there is idle
-    )
+    valid: Tensor  # (B, S) bool: False in the padding and where the anchor touches the border
     memory: Tensor  # (B, S, D) as the decoder reads it
 
 

@@ -77,12 +77,11 @@ def test_queries_without_a_cell_do_not_count():
     for size in (page, canvas):
         model.backbone = model.encoder = Given([padded_map(x, size, s) for x, s in zip(maps, (8, 16, 32), strict=True)])
         images = torch.zeros(1, 3, *size)
-        teacher = model.eval()(images, torch.tensor([page]))
-        output = model.train()(images, torch.tensor([page]), noise, teacher.queries)
+        teacher = model.eval()(images, torch.tensor([page]), dense=True)
+        output = model.train()(images, torch.tensor([page]), noise, teacher.queries, dense=True)
         outputs.append(output)
         w, distill = model.decoder.w, DistillConfig(classes=ClassDistillConfig(loss="mse"))
-        how = (active(distill, 0), distill, MatcherConfig(), teacher.queries.real)
-        terms = distillation(output.shared, teacher.refined, w, w, truth, *how)
+        terms = distillation(output, teacher, w, w, truth, active(distill, 0), distill, MatcherConfig())
         losses.append(criterion(output, truth, w, LossConfig()) | terms)
     alone, padded = outputs
     assert alone.queries.real.shape == (1, 126)
@@ -170,7 +169,7 @@ def test_nothing_passes_through_nan_to_num_a_loss_that_is_not_finite_stops():
     edges = torch.full_like(output.refined.edge_logits, torch.nan)
     broken = output._replace(refined=output.refined._replace(edge_logits=edges))
     batch = Batch(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.tensor([[64, 64]]), [page])
-    run = SimpleNamespace(config=Config(), model=model, step=3)
+    run = SimpleNamespace(config=Config(), model=model, auxiliary=nn.Module(), step=3)
     with pytest.raises(FloatingPointError, match=r"fgl.*ddf.*17"):
         optimize(run, [batch], lambda batch: criterion(broken, batch.targets, model.decoder.w, LossConfig()))
 

@@ -1,5 +1,6 @@
 """Runs with a teacher: what is saved is a plain detector, and nothing that train.py promises is lost."""
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -22,7 +23,9 @@ from dfine.training import engine
 from dfine.training.run import Run
 
 CATEGORIES = [{"id": 3, "name": "text"}, {"id": 5, "name": "figure"}]
-START_LATE = ["distill.go_lsd.start_epoch=1"]  # of two: the loss changes on the way
+# Every term; of two epochs, the loss changes on the way.
+EVERYTHING = ["distill.denoising=1", "distill.cells.boxes=5", "distill.memory.weight=2"]
+EVERYTHING += ["distill.go_lsd.start_epoch=1", "distill.memory.end_epoch=1"]
 
 
 def write_teacher(path: Path, names: tuple[str, ...] = ("text", "figure"), **decoder: object) -> Path:
@@ -54,7 +57,7 @@ def distill(folder: Path, run_dir: Path, *arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(folder: Path) -> Path:
-    distill(folder, folder / "uninterrupted", *START_LATE)
+    distill(folder, folder / "uninterrupted", *EVERYTHING)
     return folder / "uninterrupted"
 
 
@@ -70,6 +73,7 @@ def test_the_student_is_a_plain_detector(folder: Path, uninterrupted: Path, tmp_
         content = ours.read(uninterrupted / name)
         settings = from_dict(content["config"])
         assert content["ema"].keys() == DFine(settings.model, 2).state_dict().keys()
+        assert ("auxiliary" in content) == (name == "last.pt")  # the projection of the memory
         assert "distill" not in content["config"]
         assert "teacher" not in repr(content["config"])
     (tmp_path / "best.pt").write_bytes((uninterrupted / "best.pt").read_bytes())
@@ -88,18 +92,36 @@ def test_the_student_is_a_plain_detector(folder: Path, uninterrupted: Path, tmp_
     assert json.loads((tmp_path / "found" / "predictions.json").read_text())[0]["detections"]
 
 
-def test_go_lsd_joins_at_its_epoch_and_every_term_is_logged(uninterrupted: Path) -> None:
+def test_terms_come_and_go_with_their_epochs_and_every_one_is_logged(uninterrupted: Path) -> None:
     first, second = terms(uninterrupted)
-    assert first == {"distill_class", "distill_box"}
-    assert second == {"distill_class", "distill_box", "distill_go_lsd"}
+    always = {"distill_class", "distill_box", "distill_cell_class", "distill_cell_box"}
+    always |= {"distill_class_denoising", "distill_box_denoising"}
+    assert first == always | {"distill_memory"}
+    assert second == always | {"distill_go_lsd", "distill_go_lsd_denoising"}
+
+
+def test_the_projection_of_the_memory_learns_and_is_saved_with_its_optimizer_state(uninterrupted: Path) -> None:
+    content = state(uninterrupted)
+    assert {name: tuple(x.shape) for name, x in content["auxiliary"].items()} == {"weight": (64, 32), "bias": (64,)}
+    shapes = [tuple(moments["exp_avg"].shape) for moments in content["optimizer"]["state"].values()]
+    assert (64, 32) in shapes
 
 
 def test_a_run_stopped_in_mid_epoch_and_resumed_equals_the_uninterrupted_one(
     folder: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    distill(folder, tmp_path / "run", *START_LATE, "train.max_steps=3")
-    distill(folder, tmp_path / "run", *START_LATE, "--resume")
+    distill(folder, tmp_path / "run", *EVERYTHING, "train.max_steps=3")
+    distill(folder, tmp_path / "run", *EVERYTHING, "--resume")
     assert same(state(tmp_path / "run"), state(uninterrupted))
+
+
+def test_a_run_neither_loses_nor_gains_its_projection(folder: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    content = ours.read(uninterrupted / "last.pt")
+    for auxiliary, weight in ((content["auxiliary"], 0), ({}, 2)):
+        ours.save(tmp_path / "run" / "last.pt", content | {"auxiliary": auxiliary})
+        with pytest.raises(ConfigError, match=r"last\.pt: distill\.memory: .* does not fit at bias, weight"):
+            distill(folder, tmp_path / "run", *EVERYTHING, "--resume", f"distill.memory.weight={weight}")
 
 
 def test_a_run_goes_on_with_fewer_terms_and_the_means_are_over_the_steps_that_had_them(
@@ -145,17 +167,24 @@ def silent(teacher: nn.Module) -> nn.Module:
 def test_the_teacher_stays_as_it_is_and_beta_weighs_the_truth(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    teachers = []
-    load_teacher = distill_script.load_teacher
-    monkeypatch.setattr(distill_script, "load_teacher", lambda *a: teachers.append(load_teacher(*a)) or teachers[-1])
+    teachers, load_teacher = [], distill_script.load_teacher
+
+    def loaded(*arguments: Any) -> nn.Module:
+        teachers.append(load_teacher(*arguments))
+        teachers.append(copy.deepcopy(teachers[0]))
+        return teachers[0]
+
+    monkeypatch.setattr(distill_script, "load_teacher", loaded)
     distill(folder, tmp_path / "run", "train.max_steps=2", "distill.beta=0")
-    (teacher,) = teachers
+    teacher, before = teachers
     assert not any(module.training for module in teacher.modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    assert same(dict(teacher.state_dict()), ours.read(folder / "teacher.pt")["ema"])
+    assert same(dict(teacher.state_dict()), dict(before.state_dict()))
     logged = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["train"]
     assert logged["vfl"] == logged["l1_denoising"] == 0
-    assert logged["loss"] == pytest.approx(sum(logged[f"distill_{term}"] for term in ("class", "box", "go_lsd")))
+    assert logged["loss"] == pytest.approx(
+        sum(logged[f"distill_{term}"] for term in ("class", "box", "go_lsd", "cell_class"))
+    )
 
 
 def test_a_non_finite_term_stops_with_its_name_and_the_images_and_keeps_the_checkpoint(
@@ -174,8 +203,22 @@ def test_two_processes_go_on_together_when_the_pages_of_one_are_all_empty(folder
     tree["data"] |= {"train": own, "val": own, "batch_size": 1}
     (tmp_path / "student.yaml").write_text(yaml.safe_dump(tree))
     arguments = ["--config", str(tmp_path / "student.yaml"), f"run_dir={tmp_path / 'run'}"]
-    finish(start("distill.py", *arguments, *START_LATE, processes=2))
+    finish(start("distill.py", *arguments, *EVERYTHING, processes=2))
     assert state(tmp_path / "run")["step"] == 2
+
+
+def test_denoising_queries_are_for_teachers_and_students_that_were_trained_with_them(
+    folder: Path, tmp_path: Path
+) -> None:
+    content = ours.read(folder / "teacher.pt")
+    content["config"]["model"]["denoising"]["queries"] = 0
+    ours.save(tmp_path / "teacher.pt", content)
+    own = ["distill.denoising=1", f"distill.teacher={tmp_path / 'teacher.pt'}"]
+    with pytest.raises(ConfigError, match=r"distill\.denoising: .*teacher\.pt was trained without denoising queries"):
+        distill(folder, tmp_path / "run", *own)
+    with pytest.raises(ConfigError, match=r"distill\.denoising: must be 0 where model\.denoising\.queries is 0"):
+        distill(folder, tmp_path / "run", "distill.denoising=1", "model.denoising.queries=0")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume"]], ids=["new", "resumed"])

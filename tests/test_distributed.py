@@ -30,10 +30,10 @@ def pages(boxes: tuple[int, ...]) -> list[Target]:
     ]
 
 
-def gradients(boxes: tuple[int, ...], file: Path) -> None:
+def gradients(boxes: tuple[int, ...], backbone: str, file: Path) -> None:
     """The gradient of one global batch; each process takes its share of the pages and of their denoising queries."""
     device = distributed.start()
-    model = freeze_batch_norms(shaken(tiny_model()))
+    model = freeze_batch_norms(shaken(tiny_model(backbone=backbone)))
     replica = engine.parallel(model, TrainConfig(), device)
     targets = pages(boxes)
     torch.manual_seed(4)
@@ -49,12 +49,16 @@ def gradients(boxes: tuple[int, ...], file: Path) -> None:
     distributed.finish()
 
 
-@pytest.mark.parametrize("boxes", [(3, 2, 1, 3), (4, 0, 2, 0)], ids=["boxes everywhere", "one has empty pages alone"])
+@pytest.mark.parametrize(
+    ("boxes", "backbone"),
+    [((3, 2, 1, 3), "test_convnext"), ((4, 0, 2, 0), "test_convnext"), ((4, 0, 2, 0), "test_vit3")],
+    ids=["boxes everywhere", "one has empty pages alone", "a plain transformer"],
+)
 def test_a_global_batch_has_the_same_gradients_on_one_and_on_two_processes(
-    tmp_path: Path, boxes: tuple[int, ...]
+    tmp_path: Path, boxes: tuple[int, ...], backbone: str
 ) -> None:
-    gradients(boxes, tmp_path / "one")
-    assert ends(launch(gradients, boxes, tmp_path / "two")) == [0, 0]
+    gradients(boxes, backbone, tmp_path / "one")
+    assert ends(launch(gradients, boxes, backbone, tmp_path / "two")) == [0, 0]
     one, two = torch.load(tmp_path / "one"), torch.load(tmp_path / "two")
     assert max(gradient.abs().max() for gradient in one.values()) > 0.5
     assert max((two[name] - gradient).abs().max() for name, gradient in one.items()) < 1e-5

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dfine.checkpoints import hub, original, ours, transformers_format
 from dfine.checkpoints.original import Foreign, State, one_line
 from dfine.checkpoints.ours import CheckpointError
-from dfine.config import Config, ConfigError
+from dfine.config import Config, ConfigError, override
 from dfine.model.detector import DFine, class_dependent
 
 FILE_ENDINGS = {".pt", ".pth", ".safetensors"}
@@ -60,6 +60,7 @@ def load_model(name: str | Path) -> tuple[DFine, Config, list[dict[str, Any]]]:
         state = original.translated(content, model)
         model.load_state_dict(state, strict=False)
     if "denoising_labels.weight" not in state:
+        config = override(config, ["model.denoising.queries=0"])
         warnings.warn(f"{path}: has no denoising embedding: enough to detect, not to train on", stacklevel=2)
     names = content.names or [str(i) for i in range(content.classes)]
     return model.eval(), config, [{"id": i, "name": name} for i, name in enumerate(names)]
@@ -186,7 +187,7 @@ def _class_map(
 
 
 def load_teacher(config: Config, source: str, categories: list[dict[str, Any]]) -> DFine:
-    """The frozen model of `distill.teacher`, in evaluation mode; everything about it comes from its checkpoint.
+    """The frozen model of `distill.teacher`, deployed; everything about it comes from its checkpoint.
 
     Classes that only the teacher knows are left out of it.
 
@@ -194,7 +195,7 @@ def load_teacher(config: Config, source: str, categories: list[dict[str, Any]]) 
         config: the student's. source: the file it was read from, for messages. categories: of the student's pages.
     Raises:
         ConfigError: no teacher is named, or it has other strides, lacks one of the student's classes or has them in
-            another order; names both files.
+            another order; names both files. Or it is to answer denoising queries, which it has never seen.
         CheckpointError: see `load_model`.
     """
     path = config.distill.teacher
@@ -214,7 +215,14 @@ def load_teacher(config: Config, source: str, categories: list[dict[str, Any]]) 
             f"distill.teacher: {path} knows the classes {', '.join(their_names)}; {pages} (data.train of {source}) has "
             f"{', '.join(names)}: both need the same in the same order"
         )
+    if config.distill.denoising and theirs.model.denoising.queries == 0:
+        raise ConfigError(
+            f"distill.denoising: {path} was trained without denoising queries (model.denoising.queries=0) and cannot "
+            "answer them; use distill.denoising=0"
+        )
     for head in (teacher.selection.class_head, *teacher.decoder.class_heads):
         head.weight, head.bias = nn.Parameter(head.weight[rows]), nn.Parameter(head.bias[rows])
+    labels = teacher.denoising_labels.weight[[*rows, -1]]  # the last one is of padded slots
+    teacher.denoising_labels = nn.Embedding.from_pretrained(labels, padding_idx=len(rows))
     teacher.classes = len(rows)
-    return teacher.requires_grad_(False)
+    return teacher.deploy().requires_grad_(False).eval()  # deployed, its forward pass takes less

@@ -1,22 +1,41 @@
-"""Distillation: a small student learns a frozen teacher's scores, boxes and edge distributions.
+"""Distillation: a small student learns from a frozen teacher, where both answer the same questions.
 
-D-FINE's bins are offsets in each model's own initial box, so the edge distributions of two models cannot be compared
-bin by bin. Two steps make them comparable: the student's decoder answers the teacher's queries as well, from the same
-memory cells and proposals but with its own memory (`shared` in `DFine.forward`), and the teacher's distribution is
-carried over from its frame into the student's (`project`). The losses are pure functions, each a sum per layer.
+The teacher's queries: the student's decoder answers them as well, from the same memory cells and proposals but with its
+own memory (`shared` in `DFine.forward`). Scores, boxes and edge distributions are compared. D-FINE's bins are offsets
+in each model's own initial box, so distributions of two models cannot be compared bin by bin: the teacher's are carried
+over from its frame into the student's first (`project`).
+Denoising queries: they come from the truth and are the same for both from the first step (the consistent points of
+KD-DETR, arXiv 2211.08071). They are compared in the same way.
+Memory cells: with the same strides, cells, anchors and page frames are the same in both models. Compared are what the
+encoder's heads say of each, which is what query selection chooses by, and the memory itself (FitNets, arXiv 1412.6550;
+weighted by what the teacher sees there). Cells that are not valid have no part.
+
+Others carry edge distributions from model to model too: dfine-seg 0.6.2 pairs the queries of both models through the
+boxes of the truth that they match, and bins the teacher's edges anew. It has not published what that gains.
+
+The losses are pure functions, of queries each a sum per layer.
 """
+
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfine import distributed
-from dfine.boxes import iou
+from dfine.boxes import full_precision, iou
 from dfine.config import DistillConfig, MatcherConfig
 from dfine.losses.golsd import ddf, kl_of_edges
 from dfine.losses.matcher import match
+from dfine.model.denoising import denoising_matches
+from dfine.model.detector import DFine, silenced
 from dfine.model.fdr import decode, encode, soft_bins
-from dfine.structures import Refinement, Target
+from dfine.structures import Batch, Cells, DFineOutput, Matches, NoisedTruth, Refinement, Target
+
+# The terms by what they compare.
+SHARED = ("class", "box", "go_lsd")
+DENOISING = ("class_denoising", "box_denoising", "go_lsd_denoising")
+CELLS = ("cell_class", "cell_box", "memory")
 
 
 def active(config: DistillConfig, epoch: float) -> dict[str, float]:
@@ -26,46 +45,145 @@ def active(config: DistillConfig, epoch: float) -> dict[str, float]:
         epoch: epochs done, fractions included.
     """
     go_lsd = config.go_lsd.weight if epoch >= config.go_lsd.start_epoch else 0.0
-    weights = {"class": config.classes.weight, "box": config.boxes.weight, "go_lsd": go_lsd}
+    answers = (config.classes.weight, config.boxes.weight, go_lsd)
+    weights = {term: config.shared * weight for term, weight in zip(SHARED, answers, strict=True)}
+    weights |= {term: config.denoising * weight for term, weight in zip(DENOISING, answers, strict=True)}
+    cells = fading(epoch, config.cells.end_epoch)
+    weights |= {"cell_class": cells * config.cells.classes, "cell_box": cells * config.cells.boxes}
+    weights["memory"] = fading(epoch, config.memory.end_epoch) * config.memory.weight
     return {term: config.alpha * weight for term, weight in weights.items() if config.alpha * weight > 0}
 
 
+def fading(epoch: float, end_epoch: float) -> float:
+    """From 1 at the start linearly to 0 at `end_epoch`; without an end, 1."""
+    return max(0.0, 1 - epoch / end_epoch) if end_epoch else 1.0
+
+
+def memory_projection(student: DFine, teacher: DFine) -> nn.Linear:
+    """From the width of the student's memory to that of the teacher's; for training only."""
+    return nn.Linear(student.selection.project.in_features, teacher.selection.project.in_features)
+
+
+def asked(teacher: DFine, batch: Batch, noised: NoisedTruth | None, weights: dict[str, float]) -> DFineOutput | None:
+    """The teacher's answers, as far as the terms need them."""
+    if not weights:
+        return None
+    with torch.no_grad():
+        noised = noised if weights.keys() & DENOISING else None
+        return teacher(batch.images, batch.sizes, noised, dense=bool(weights.keys() & CELLS))
+
+
+def answered(
+    student: nn.Module,
+    projection: nn.Module,
+    batch: Batch,
+    noised: NoisedTruth | None,
+    taught: DFineOutput | None,
+    weights: dict[str, float],
+) -> DFineOutput:
+    """The student's answers, to the teacher's queries and for every cell as far as the terms need them.
+
+    Args:
+        projection: see `memory_projection`; its output is the memory of the cells.
+    """
+    shared = taught.queries if taught and weights.keys() & SHARED else None
+    output = student(batch.images, batch.sizes, noised, shared, dense=bool(weights.keys() & CELLS))
+    if "memory" in weights:
+        output = output._replace(cells=output.cells._replace(memory=projection(output.cells.memory)))
+    return output
+
+
 def distillation(
-    student: Refinement,
-    teacher: Refinement,
+    student: DFineOutput,
+    teacher: DFineOutput,
     w: Tensor,
     teacher_w: Tensor,
     targets: list[Target],
     weights: dict[str, float],
     config: DistillConfig,
     matcher: MatcherConfig,
-    real: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The weighted losses of the shared queries, a number for each of the student's layers.
+    """The weighted losses: of queries a number for each of the student's layers, of cells one.
 
     Args:
-        student: its answers to the teacher's queries, of all layers. teacher: its answers; the last layer counts.
+        student, teacher: see `answered` and `asked`; of the teacher's layers the last one counts.
         w, teacher_w: W(n) of either model, (N + 1,) each; N may differ.
-        weights: of the terms to compute, see `active`. real: `Queries.real` of the teacher; None: all are.
+        weights: of the terms to compute, see `active`.
     Returns:
-        `distill_class`, `distill_box` and `distill_go_lsd`, as far as they have a weight, (L,) each.
+        `distill_` and the name of the term, for each that has a weight.
     Raises:
         FloatingPointError: the teacher's answer is not finite; names the image id.
     """
-    logits, boxes = teacher.logits[-1].detach(), teacher.boxes[-1].detach()  # (B, Q, C), (B, Q, 4)
-    confidence = logits.sigmoid().amax(-1)  # (B, Q)
+    losses: dict[str, Tensor] = {}
+    boxes = normaliser(w.new_full((), sum(len(target.labels) for target in targets)))
+    temperature = config.go_lsd.temperature
+    if terms := weights.keys() & SHARED:
+        assert student.shared is not None
+        answers, real = (student.shared, teacher.refined), teacher.queries.real
+        losses |= of_queries(*answers, terms, config, boxes)
+        if "go_lsd" in terms:
+            pairs = matched_by(teacher.refined, targets, matcher, real)
+            losses["go_lsd"] = go_lsd(*answers, w, teacher_w, targets, temperature, pairs, real)
+    if terms := weights.keys() & DENOISING:
+        assert student.denoising is not None
+        assert teacher.denoising is not None
+        noised = teacher.denoising.queries
+        real = noised.labels < teacher.refined.logits.shape[-1]  # (B, K): padded slots have no part
+        answers = (silenced(student.denoising.refined, real), silenced(teacher.denoising.refined, real))
+        terms = {term.removesuffix("_denoising") for term in terms}
+        found = of_queries(*answers, terms, config, boxes * noised.groups)
+        if "go_lsd" in terms:
+            pairs = denoising_matches(targets, noised.groups).to(real.device)
+            found["go_lsd"] = go_lsd(*answers, w, teacher_w, targets, temperature, pairs, real)
+        losses |= {f"{term}_denoising": loss for term, loss in found.items()}
+    if terms := weights.keys() & CELLS:
+        assert student.cells is not None
+        assert teacher.cells is not None
+        losses |= of_cells(student.cells, teacher.cells, terms, boxes)
+    return {f"distill_{term}": weights[term] * loss for term, loss in losses.items()}
+
+
+def of_queries(
+    student: Refinement, teacher: Refinement, terms: Collection[str], config: DistillConfig, boxes: Tensor
+) -> dict[str, Tensor]:
+    """Class and box, if they are named, for queries that both models answer -> (L,) each.
+
+    Args:
+        student: answers of all layers. teacher: of whose layers the last one counts.
+        boxes: () what classes are divided by.
+    """
+    logits, places = teacher.logits[-1].detach(), teacher.boxes[-1].detach()  # (B, Q, C), (B, Q, 4)
     losses = {}
-    if "class" in weights:
+    if "class" in terms:
         temperature = config.classes.temperature
         kl = config.classes.loss == "kl"
         sums = class_kl(logits, student.logits, temperature) if kl else class_mse(logits, student.logits)
-        losses["class"] = sums / normaliser(logits.new_tensor(sum(len(target.labels) for target in targets)))
-    if "box" in weights:
-        sums = box_distance(boxes, student.boxes, confidence, squared=config.boxes.loss == "mse")
-        losses["box"] = sums / normaliser(confidence.sum(), least=torch.finfo(w.dtype).tiny)
-    if "go_lsd" in weights:
-        losses["go_lsd"] = go_lsd(student, teacher, w, teacher_w, targets, config.go_lsd.temperature, matcher, real)
-    return {f"distill_{term}": weights[term] * loss for term, loss in losses.items()}
+        losses["class"] = sums / boxes
+    if "box" in terms:
+        confidence = logits.sigmoid().amax(-1)  # (B, Q)
+        sums = box_distance(places, student.boxes, confidence, squared=config.boxes.loss == "mse")
+        losses["box"] = sums / normaliser(confidence.sum(), least=torch.finfo(confidence.dtype).tiny)
+    return losses
+
+
+def of_cells(student: Cells, teacher: Cells, terms: Collection[str], boxes: Tensor) -> dict[str, Tensor]:
+    """Those of `CELLS` that are named -> () each; what the teacher sees in a cell is what its box and memory weigh.
+
+    Args:
+        student: with its memory projected to the teacher's width. boxes: () what classes are divided by.
+    """
+    teacher = silenced(Cells(*(x.detach() for x in teacher)), teacher.valid)
+    confidence = teacher.logits.sigmoid().amax(-1)  # (B, S); 0 where a cell is not valid
+    total = normaliser(confidence.sum(), least=torch.finfo(confidence.dtype).tiny)
+    losses = {}
+    if "cell_class" in terms:
+        logits = silenced(student, teacher.valid).logits[None]  # (1, B, S, C)
+        losses["cell_class"] = class_kl(teacher.logits, logits, temperature=1)[0] / boxes
+    if "cell_box" in terms:
+        losses["cell_box"] = box_distance(teacher.boxes, student.boxes[None], confidence, squared=False)[0] / total
+    if "memory" in terms:
+        losses["memory"] = memory_distance(teacher.memory, student.memory, confidence) / total
+    return losses
 
 
 def class_kl(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
@@ -101,6 +219,31 @@ def box_distance(teacher: Tensor, student: Tensor, confidence: Tensor, squared: 
     return (confidence * distance.sum(-1)).sum((1, 2))
 
 
+def memory_distance(teacher: Tensor, student: Tensor, confidence: Tensor) -> Tensor:
+    """Squared distance of two memories after layer norm (without weights), a mean over channels.
+
+    Args:
+        teacher, student: (B, S, D). confidence: (B, S) what each cell weighs.
+    Returns:
+        () summed over pages and cells.
+    """
+    teacher, student = (F.layer_norm(full_precision(x), x.shape[-1:]) for x in (teacher, student))
+    return (confidence * (student - teacher).square().mean(-1)).sum()
+
+
+def matched_by(teacher: Refinement, targets: list[Target], matcher: MatcherConfig, real: Tensor) -> Matches:
+    """Which queries stand for which box to the teacher: the Hungarian matching of its last layer.
+
+    Raises:
+        FloatingPointError: its answer is not finite; names the image id.
+    """
+    try:
+        pairs = match(teacher.logits[-1:], teacher.boxes[-1:], targets, matcher, real=real)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"the teacher's answer: {error}") from error
+    return pairs.to(real.device)
+
+
 def go_lsd(
     student: Refinement,
     teacher: Refinement,
@@ -108,21 +251,17 @@ def go_lsd(
     teacher_w: Tensor,
     targets: list[Target],
     temperature: float,
-    matcher: MatcherConfig,
-    real: Tensor | None = None,
+    pairs: Matches,
+    real: Tensor,
 ) -> Tensor:
     """GO-LSD across models: DDF of every layer of the student against the teacher's last layer -> (L,).
 
-    A query that the teacher matches to a box weighs the IoU of the teacher's box with it, any other the teacher's
-    best class probability; matched and unmatched queries are averaged apart (paper section 4.2).
+    A query that stands for a box weighs the IoU of the teacher's answer with it, any other the teacher's best class
+    probability; matched and unmatched queries are averaged apart (paper section 4.2).
     """
     logits, boxes, edge_logits = (x[-1].detach() for x in teacher[:3])
-    try:
-        pairs = match(logits[None], boxes[None], targets, matcher, real=real).to(logits.device)
-    except FloatingPointError as error:
-        raise FloatingPointError(f"the teacher's answer: {error}") from error
     at = (pairs.batch, pairs.query)
-    matched = torch.zeros(logits.shape[:2], dtype=torch.bool, device=logits.device)  # (B, Q)
+    matched = torch.zeros_like(real)  # (B, Q)
     matched[at] = True
     weight = logits.sigmoid().amax(-1)  # (B, Q)
     weight[at] = iou(boxes[at], torch.cat([target.boxes for target in targets])[pairs.target])
@@ -130,9 +269,9 @@ def go_lsd(
     p = (edge_logits / temperature).softmax(-1)  # (B, Q, 4, N + 1)
     p = project(p, teacher.initial_boxes, teacher_w, student.initial_boxes, w)  # (B, Q, 4, the student's N + 1)
     kl = kl_of_edges(p, student.edge_logits, temperature)  # (L, B, Q)
-    unmatched = ~matched if real is None else real & ~matched
-    counts = torch.stack([matched.sum(), unmatched.sum()]).to(w.dtype)  # (2,)
-    return ddf(kl, weight, matched, normaliser(counts), shares=normaliser(counts, least=0))
+    counts = torch.stack([matched.sum(), (real & ~matched).sum()]).to(w.dtype)  # (2,)
+    shares = normaliser(counts, least=torch.finfo(w.dtype).tiny)  # not 0: a batch may have no query at all
+    return ddf(kl, weight, matched, normaliser(counts), shares)
 
 
 def project(p: Tensor, frame: Tensor, w: Tensor, new_frame: Tensor, new_w: Tensor) -> Tensor:

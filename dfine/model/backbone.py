@@ -1,6 +1,7 @@
 """Any timm `features_only` model at the configured strides."""
 
 import difflib
+import inspect
 import math
 from collections import Counter
 from typing import Any
@@ -13,10 +14,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from dfine.config import BackboneConfig, ConfigError
 from dfine.model.depthwise import faster_depthwise
+from dfine.model.pyramid import SOURCE
 
 
 class Backbone(nn.Module):
     """Maps at the given strides; `channels`, `mean` and `std` are what timm says of the model.
+
+    A plain vision transformer has one stride alone: there is one map then, that of its last block, and `plain` is True.
 
     Raises:
         ConfigError: timm knows no such model, it lacks a stride, or its weights cannot be had.
@@ -26,12 +30,16 @@ class Backbone(nn.Module):
         super().__init__()
         body = _create(config)
         reductions = body.feature_info.reduction()
-        missing = [stride for stride in strides if stride not in reductions]
-        if missing:
-            raise ConfigError(f"model.strides: {config.name} has strides {reductions}, but not {missing}")
-        self.indices = [reductions.index(stride) for stride in strides]
-        if self.indices[-1] + 1 < len(reductions):  # later stages would be parameters without a gradient
-            body = _create(config, out_indices=range(self.indices[-1] + 1))
+        self.plain = len(set(reductions)) == 1
+        if self.plain:
+            self.indices, body = [0], _create_plain(config, body, strides)
+        else:
+            missing = [stride for stride in strides if stride not in reductions]
+            if missing:
+                raise ConfigError(f"model.strides: {config.name} has strides {reductions}, but not {missing}")
+            self.indices = [reductions.index(stride) for stride in strides]
+            if self.indices[-1] + 1 < len(reductions):  # later stages would be parameters without a gradient
+                body = _create(config, out_indices=range(self.indices[-1] + 1))
         if config.checkpointing:
             if not hasattr(body, "set_grad_checkpointing"):
                 raise ConfigError(f"model.backbone.checkpointing: timm offers none for the maps of {config.name}")
@@ -50,7 +58,7 @@ class Backbone(nn.Module):
         self.std = tuple(pretrained_cfg.std) if pretrained_cfg else (0.229, 0.224, 0.225)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) normalised -> a (B, channels, H / stride, W / stride) map for each stride."""
+        """(B, 3, H, W) normalised -> a (B, channels, H / stride, W / stride) map for each stride it has."""
         maps = self.body(images)
         maps = [maps[i] for i in self.indices]
         return [x.permute(0, 3, 1, 2) for x in maps] if self.channels_behind else maps
@@ -72,11 +80,11 @@ class Backbone(nn.Module):
         Which those are is read off the traced graph. A backbone keeps its batch norms where it cannot be traced, and
         where the graph does not tell all: maps may be read by hooks, and a random page comes out otherwise.
         """
+        if not any(isinstance(module, nn.BatchNorm2d) for module in self.modules()):
+            return
         try:
             nodes = ConvNormTracer().trace(self.body).nodes
         except (fx.proxy.TraceError, TypeError, RuntimeError):  # its forward depends on what it is fed
-            return
-        if not any(isinstance(module, nn.BatchNorm2d) for module in self.modules()):
             return
         before, replaced = self._maps_of_random_page(), dict[str, nn.Module]()
         for node in nodes:
@@ -135,6 +143,30 @@ def _create(config: BackboneConfig, **kwargs: Any) -> Any:
         raise ConfigError(_advice(config, error)) from error
     finally:
         set_fast_norm(others)  # as it was for models other than this one
+
+
+def _create_plain(config: BackboneConfig, body: Any, strides: tuple[int, ...]) -> Any:
+    """A model of one stride with the map of its last block alone, ready for pages of any size.
+
+    Raises:
+        ConfigError: no pyramid of these strides can be made of it, or it takes pages of one size alone.
+    """
+    (stride, *_), name = body.feature_info.reduction(), config.name
+    if stride != SOURCE:
+        raise ConfigError(
+            f"model.backbone.name: {name} has stride {stride} alone; a pyramid is made of stride {SOURCE}"
+        )
+    missing = [stride for stride in strides if stride not in (8, 16, 32)]
+    if missing:
+        raise ConfigError(
+            f"model.strides: {name} has stride {SOURCE} alone; a pyramid of it has 8, 16 and 32, but not {missing}"
+        )
+    any_size = {"dynamic_img_size": True}
+    takes = inspect.signature(type(body.model)).parameters  # others are ready, or have no positions to resize
+    body = _create(config, out_indices=(-1,), **(any_size if any_size.keys() <= takes.keys() else {}))
+    if getattr(getattr(body.model, "patch_embed", None), "strict_img_size", False):
+        raise ConfigError(f"model.backbone.name: timm's {name} takes pages of one size alone")
+    return body
 
 
 def _advice(config: BackboneConfig, error: Exception) -> str:

@@ -13,9 +13,10 @@ from dfine.model.decoder import Decoder, DecoderLayer, class_head
 from dfine.model.denoising import attention_mask
 from dfine.model.fdr import FullPrecision, mlp, xavier, zero_last
 from dfine.model.hybrid_encoder import AIFI, ConvNorm, HybridEncoder, RepNCSPELAN4, RepVGG
+from dfine.model.pyramid import SimplePyramid
 from dfine.structures import Cells, Denoising, Detections, DFineOutput, NoisedTruth, Prediction, Queries, Refinement
 
-Head = TypeVar("Head", Prediction, Refinement)
+Head = TypeVar("Head", Prediction, Refinement, Cells)
 
 
 NOTHING = -1e4  # the logits of a query that no cell stands for: a score of 0 that learns nothing
@@ -25,7 +26,7 @@ class DFine(nn.Module):
     """Pages in, boxes out.
 
     Everything is computed in the frame of each page's own valid size, so that a page's answer does not depend on
-    how far its batch is padded (in training, up to convolutions that read padding).
+    how far its batch is padded (in training, up to what the backbone and convolutions read of the padding).
     """
 
     mean: Tensor
@@ -36,8 +37,10 @@ class DFine(nn.Module):
         self.strides, self.classes = config.strides, classes
         dim, encoder_dim = config.hidden_dim, config.encoder.hidden_dim or config.hidden_dim
         self.backbone = Backbone(config.backbone, config.strides)
+        plain = self.backbone.plain
+        self.pyramid = SimplePyramid(self.backbone.channels[0], config.strides) if plain else None
         self.encoder = HybridEncoder(
-            self.backbone.channels,
+            self.pyramid.channels if self.pyramid else self.backbone.channels,
             encoder_dim,
             config.encoder.heads,
             config.encoder.feedforward_dim,
@@ -68,7 +71,7 @@ class DFine(nn.Module):
             images: (B, 3, H, W) RGB, uint8 or float in [0, 1]; H and W are multiples of the last stride.
             sizes: (B, 2) valid height, width of each page; None: the pages fill the canvas. In evaluation mode best on
                 the CPU, also where the images are on a GPU: pages are grouped by them.
-            noised: denoising queries; in training mode only.
+            noised: denoising queries.
             shared: another model's queries, which this decoder answers as well (distillation).
             dense: what the encoder's heads say of every memory cell is returned too, with its gradient.
         Returns:
@@ -101,7 +104,6 @@ class DFine(nn.Module):
 
         denoising = None
         if noised is not None:
-            assert initial is not None, "denoising queries are for training mode"
             denoising = Denoising(*split(refined, initial, slice(None, slots)), noised)
             refined, initial = split(refined, initial, slice(slots, None))
         answers = None
@@ -118,7 +120,8 @@ class DFine(nn.Module):
         if sizes is not None:
             sizes = sizes.to(images.device, non_blocking=True)
             on_page = cells_on_page((images.shape[-2], images.shape[-1]), sizes, self.strides[-1])
-        maps = self.encoder(self.backbone(self.normalise(images, sizes)), on_page)
+        maps = self.backbone(self.normalise(images, sizes))
+        maps = self.encoder(self.pyramid(maps) if self.pyramid else maps, on_page)
         return [project(x) for project, x in zip(self.projections, maps, strict=True)]
 
     def encode_apart(self, images: Tensor, sizes: Tensor | None) -> list[Tensor]:
@@ -298,13 +301,13 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def split(refined: Refinement, initial: Prediction, part: slice) -> tuple[Refinement, Prediction]:
+def split(refined: Refinement, initial: Prediction | None, part: slice) -> tuple[Refinement, Prediction | None]:
     """The given queries' share of what the decoder says, as tensors of their own.
 
     Of slices of one tensor `torch.compile` would mistake one for another where they are answers of a model.
     """
     logits, boxes, edge_logits = (x[:, :, part].clone() for x in refined[:3])
-    first = Prediction(initial.logits[:, part].clone(), initial.boxes[:, part].clone())
+    first = initial and Prediction(initial.logits[:, part].clone(), initial.boxes[:, part].clone())
     return Refinement(logits, boxes, edge_logits, refined.initial_boxes[:, part].clone()), first
 
 

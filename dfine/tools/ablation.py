@@ -9,6 +9,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -19,15 +20,41 @@ from dfine import config as configs
 from dfine.checkpoints import ours
 from dfine.config import Config, ConfigError
 
-ALONE, CLASS_BOX, FULL = "student alone", "class + box", "class + box + GO-LSD"
-WITHOUT = {  # the terms each row does without
-    CLASS_BOX: ("go_lsd",),
-    FULL: (),
-    "class": ("boxes", "go_lsd"),
-    "box": ("classes", "go_lsd"),
-    "GO-LSD": ("classes", "boxes"),
+TRIED = {  # the weights of `distill`, and what a row gives those of its terms that the config leaves at 0
+    "classes.weight": 1.0,
+    "boxes.weight": 5.0,
+    "go_lsd.weight": 1.5,
+    "shared": 1.0,
+    "cells.classes": 1.0,
+    "cells.boxes": 5.0,
+    "memory.weight": 2.0,
+    "denoising": 1.0,
 }
-COMPARED = ((CLASS_BOX, ALONE), (FULL, ALONE), (FULL, CLASS_BOX))
+ALONE, CLASS_BOX, GO_LSD, FULL = "student alone", "class + box", "class + box + GO-LSD", "full"
+WITH_CELLS, WITH_MEMORY = f"{GO_LSD} + cells", f"{GO_LSD} + cells + memory"
+NO_SECOND_PASS, NO_GO_LSD = "full without second pass", "full without GO-LSD"
+WITHOUT: dict[str, tuple[str, ...]] = {  # the weights that are 0 in each row; names are of keys or their sections
+    CLASS_BOX: ("go_lsd", "cells", "memory", "denoising"),
+    GO_LSD: ("cells", "memory", "denoising"),
+    WITH_CELLS: ("memory", "denoising"),
+    WITH_MEMORY: ("denoising",),
+    FULL: (),
+    NO_SECOND_PASS: ("shared",),
+    NO_GO_LSD: ("go_lsd",),
+    "class": ("boxes", "go_lsd", "cells", "memory", "denoising"),
+    "box": ("classes", "go_lsd", "cells", "memory", "denoising"),
+    "GO-LSD": ("classes", "boxes", "cells", "memory", "denoising"),
+}
+SINGLE = ("class", "box", "GO-LSD")  # of these one seed is enough
+COMPARED = (
+    *((row, ALONE) for row in WITHOUT if row not in SINGLE),
+    (GO_LSD, CLASS_BOX),
+    (WITH_CELLS, GO_LSD),
+    (WITH_MEMORY, WITH_CELLS),
+    (FULL, WITH_MEMORY),
+    (NO_SECOND_PASS, FULL),
+    (NO_GO_LSD, FULL),
+)
 ROOT = Path(__file__).parents[2]  # where the scripts are
 
 
@@ -43,20 +70,46 @@ class Trial(NamedTuple):
         return Path(self.config.run_dir)
 
 
-def plan(config: Config, out: Path, seeds: int) -> list[Trial]:
-    """All runs: the three compared rows with every seed from 0, the single terms with seed 0."""
-    rows = [(row, seed) for seed in range(seeds) for row in (ALONE, CLASS_BOX, FULL)]
-    rows += [(row, 0) for row in WITHOUT if row not in (CLASS_BOX, FULL)]
+def slug(row: str) -> str:
+    """A row's name on the command line and in folders."""
+    return row.replace(" + ", "_").replace(" ", "_").lower()
+
+
+ROWS = {slug(row): row for row in (ALONE, *WITHOUT)}
+
+
+def plan(config: Config, out: Path, seeds: int, rows: Collection[str] = ROWS) -> list[Trial]:
+    """The runs of some rows, with every seed from 0; of the single terms with seed 0.
+
+    Args:
+        rows: their slugs.
+    Raises:
+        ConfigError: there is no such row.
+    """
+    unknown = [row for row in rows if row not in ROWS]
+    if unknown:
+        raise ConfigError(f"--rows: no row {unknown[0]!r}; known: {', '.join(ROWS)}")
+    chosen = [ROWS[row] for row in rows]
+    order = [(row, seed) for seed in range(seeds) for row in chosen if row not in SINGLE]
+    order += [(row, 0) for row in chosen if row in SINGLE]
     trials = []
-    for row, seed in rows:
-        run_dir = out / f"{row.replace(' + ', '_').replace(' ', '_').lower()}_seed{seed}"
-        own = configs.override(config, [f"run_dir={run_dir}", f"train.seed={seed}"])
-        if row == ALONE:
-            own = configs.override(own, ["distill={}"])
-        else:
-            own = configs.override(own, [f"distill.{term}.weight=0" for term in WITHOUT[row]])
-        trials.append(Trial(row, seed, own))
+    for row, seed in order:
+        own = configs.override(config, [f"run_dir={out / f'{slug(row)}_seed{seed}'}", f"train.seed={seed}"])
+        trials.append(Trial(row, seed, configs.override(own, overrides(row, config))))
     return trials
+
+
+def overrides(row: str, config: Config) -> list[str]:
+    """What a row changes in `distill`: terms that it does without have no weight, the others have one."""
+    if row == ALONE:
+        return ["distill={}"]
+    changed = []
+    for key, tried in TRIED.items():
+        section, _, name = key.partition(".")
+        given = getattr(config.distill, section)
+        weight = (getattr(given, name) if name else given) or tried
+        changed.append(f"distill.{key}={0.0 if section in WITHOUT[row] else weight}")
+    return changed
 
 
 def result(trial: Trial) -> float | None:
@@ -129,7 +182,7 @@ def table(points: dict[str, dict[int, float]], teacher_points: float) -> str:
     lines += [f"| {row} | {_summary(list(by_seed.values()), '.1f')} |" for row, by_seed in points.items()]
     lines += [f"| (the teacher) | {teacher_points:.1f} | | |", ""]
     lines += ["| difference | AP | spread | by seed |", "|---|---|---|---|"]
-    for row, other in COMPARED:
+    for row, other in ((row, other) for row, other in COMPARED if row in points and other in points):
         differences = [points[row][seed] - points[other][seed] for seed in points[row]]
         lines.append(f"| {row} - {other} | {_summary(differences, '+.1f')} |")
     return "\n".join(lines)
@@ -146,6 +199,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="the student's YAML file")
     parser.add_argument("--out", required=True, type=Path, help="folder of the runs")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each compared row (default: %(default)s)")
+    parser.add_argument("--rows", default=",".join(ROWS), help="with commas between (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as distill.teacher=PATH")
     arguments = parser.parse_intermixed_args()
     config = configs.load(arguments.config, arguments.overrides)
@@ -154,7 +208,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     points: dict[str, dict[int, float]] = {}
-    for trial in plan(config, arguments.out, arguments.seeds):
+    for trial in plan(config, arguments.out, arguments.seeds, arguments.rows.split(",")):
         points.setdefault(trial.row, {})[trial.seed] = complete(trial)
     print(table(points, teacher(config, arguments.out)))
 

@@ -31,7 +31,7 @@ from dfine.data.batches import train_loader
 from dfine.data.sources import open_source
 from dfine.data.synthetic.pages import write_folder
 from dfine.losses.criterion import stack
-from dfine.losses.distillation import active
+from dfine.losses.distillation import active, memory_projection
 from dfine.losses.matcher import match
 from dfine.model.detector import DFine, detect
 from dfine.tools.roofline import Card, account_of, card, roofline, size_of_model, step_flops
@@ -96,10 +96,11 @@ def distilled(settings: Config, case: Case, device: torch.device, repeats: int) 
     teacher = load_teacher(settings, "the student", categories).to(device).to(memory_format=torch.channels_last)
     model = built(settings, case.queries, device, len(categories)).train()
     batch = made_up(case, device, len(categories))
-    optimizer = optim.optimizer(model, settings.train)
+    projection = memory_projection(model, teacher).to(device)
+    optimizer = optim.optimizer(model, settings.train, projection)
 
     def both(watch: Stopwatch) -> None:
-        distilled_step(model, teacher, optimizer, batch, settings, watch)
+        distilled_step(model, teacher, projection, optimizer, batch, settings, watch)
         step(model, optimizer, batch, settings, watch)
 
     times = measure(both, device, repeats)
@@ -109,7 +110,7 @@ def distilled(settings: Config, case: Case, device: torch.device, repeats: int) 
     ratios = [with_teacher / without for with_teacher, without in zip(whole, plain, strict=True)]
     rows = [row("distillation step", "ms", whole), row("of which the teacher's forward pass", "ms", asked)]
     rows.append(row("distillation step, in training steps", "x", ratios))
-    loss = partial(distilled_loss, model, teacher, batch, settings, Stopwatch(device))
+    loss = partial(distilled_loss, model, teacher, projection, batch, settings, Stopwatch(device))
     return [*rows, row(f"memory of a distillation step, {kind(device)}", "MiB", [memory(model, loss, settings)])]
 
 

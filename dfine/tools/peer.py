@@ -69,6 +69,7 @@ def loss_on(output: DFineOutput, targets: list[Target], config: Any) -> Callable
     assert noisy is not None
     assert first is not None
     assert encoder is not None
+    assert noisy.initial is not None
     groups, slots = noisy.queries.groups, noisy.queries.labels.shape[1]
 
     def joined(denoising: Tensor, matching: Tensor) -> Tensor:

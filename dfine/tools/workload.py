@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from dfine import config as configs
 from dfine.config import Config
 from dfine.losses.criterion import criterion
-from dfine.losses.distillation import active, distillation
+from dfine.losses.distillation import active, answered, asked, distillation
 from dfine.model.denoising import freshly_noised
 from dfine.model.detector import DFine
-from dfine.structures import Batch, DFineOutput, Queries, Target
+from dfine.structures import Batch, DFineOutput, Target
 from dfine.tools.stopwatch import Stopwatch
 from dfine.training.engine import autocast
 
@@ -54,11 +54,11 @@ def built(settings: Config, queries: int, device: torch.device, classes: int = C
     return model.to(device).to(memory_format=torch.channels_last)
 
 
-def answers(model: DFine, batch: Batch, settings: Config, shared: Queries | None = None) -> DFineOutput:
-    """The forward pass of training; `shared` are a teacher's queries."""
+def answers(model: DFine, batch: Batch, settings: Config) -> DFineOutput:
+    """The forward pass of training."""
     noised = freshly_noised(batch.targets, model.classes, settings.model.denoising)
     with autocast(model.mean.device, settings.train):
-        return model(batch.images, batch.sizes, noised, shared)
+        return model(batch.images, batch.sizes, noised)
 
 
 def total_loss(model: DFine, output: DFineOutput, batch: Batch, settings: Config) -> Tensor:
@@ -67,25 +67,19 @@ def total_loss(model: DFine, output: DFineOutput, batch: Batch, settings: Config
     return torch.stack([term.sum() for term in losses.values()]).sum()
 
 
-def distilled_loss(model: DFine, teacher: DFine, batch: Batch, settings: Config, watch: Stopwatch) -> Tensor:
+def distilled_loss(
+    model: DFine, teacher: DFine, projection: nn.Module, batch: Batch, settings: Config, watch: Stopwatch
+) -> Tensor:
     """The sum of all losses of distill.py, forward passes included."""
-    with torch.no_grad(), autocast(model.mean.device, settings.train):
-        taught = teacher(batch.images, batch.sizes)
-    watch.mark("of which the teacher's forward pass")
-    output = answers(model, batch, settings, taught.queries)
-    assert output.shared is not None
+    noised = freshly_noised(batch.targets, model.classes, settings.model.denoising)
     weights = active(settings.distill, settings.distill.go_lsd.start_epoch)
-    losses = distillation(
-        output.shared,
-        taught.refined,
-        model.decoder.w,
-        teacher.decoder.w,
-        batch.targets,
-        weights,
-        settings.distill,
-        settings.loss.matcher,
-        taught.queries.real,
-    )
+    with autocast(model.mean.device, settings.train):
+        taught = asked(teacher, batch, noised, weights)
+        watch.mark("of which the teacher's forward pass")
+        output = answered(model, projection, batch, noised, taught, weights)
+    assert taught is not None, "no term has a weight"
+    w = (model.decoder.w, teacher.decoder.w)
+    losses = distillation(output, taught, *w, batch.targets, weights, settings.distill, settings.loss.matcher)
     own = settings.distill.beta * total_loss(model, output, batch, settings)
     return torch.stack([own, *(term.sum() for term in losses.values())]).sum()
 
@@ -125,9 +119,15 @@ def step(model: DFine, optimizer: torch.optim.Optimizer, batch: Batch, settings:
 
 
 def distilled_step(
-    model: DFine, teacher: DFine, optimizer: torch.optim.Optimizer, batch: Batch, settings: Config, watch: Stopwatch
+    model: DFine,
+    teacher: DFine,
+    projection: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    settings: Config,
+    watch: Stopwatch,
 ) -> None:
     """A training step as in distill.py; the teacher's forward pass and the rest are marked."""
-    distilled_loss(model, teacher, batch, settings, watch).backward()
+    distilled_loss(model, teacher, projection, batch, settings, watch).backward()
     finish(model, optimizer, settings.train.clip)
     watch.mark("rest")

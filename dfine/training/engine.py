@@ -83,8 +83,15 @@ def parallel(model: DFine, config: TrainConfig, device: torch.device, pages: int
         return model
     if device.type == "cuda" and pages < ENOUGH_PAGES:
         convert_sync_batchnorm(model)  # timm's: torch's drops the activations inside timm's batch norms
+    return replicated(model, device)
+
+
+def replicated(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module with its gradients averaged over the processes, if it has any weights and there are several."""
+    if distributed.world_size() == 1 or not list(module.parameters()):
+        return module
     devices = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+    return DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
 
 
 def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
@@ -172,7 +179,7 @@ def optimize(run: Run, batches: list[Batch], losses_of: Losses) -> dict[str, flo
     if frozen:
         for parameter in run.model.backbone.parameters():
             parameter.grad = None
-    norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
+    norm = nn.utils.clip_grad_norm_([*run.model.parameters(), *run.auxiliary.parameters()], config.clip)
     values = dict(zip([*sums, "gradient_norm"], torch.stack([*sums.values(), norm]).tolist(), strict=True))
     wrong = [name for name, value in values.items() if not np.isfinite(value)]
     if wrong:

@@ -14,14 +14,18 @@ from dfine.config import TrainConfig
 from dfine.model.detector import DFine, class_dependent
 
 
-def parameter_groups(model: DFine, config: TrainConfig) -> list[dict]:
+def parameter_groups(model: DFine, config: TrainConfig, auxiliary: nn.Module | None = None) -> list[dict]:
     """Backbone or not, decayed or not (norms, biases and other vectors are not), and what has a row for each class.
 
     There is nothing to orthogonalise between the rows of classes (class heads, denoising embedding): AdamW's always.
+
+    Args:
+        auxiliary: what is trained along with the model and is no part of it; grouped as its head.
     """
     rows_of_classes = class_dependent(model)
     groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    auxiliary = auxiliary or nn.Module()
+    for name, parameter in [*model.named_parameters(), *auxiliary.named_parameters(prefix="auxiliary")]:
         decayed = parameter.dim() > 1
         key = (name.startswith("backbone."), decayed, decayed and name in rows_of_classes)
         groups.setdefault(key, []).append(parameter)
@@ -48,12 +52,12 @@ class Muon(muon.Muon):
             return super().step(closure)
 
 
-def optimizer(model: DFine, config: TrainConfig) -> optim.Optimizer:
+def optimizer(model: DFine, config: TrainConfig, auxiliary: nn.Module | None = None) -> optim.Optimizer:
     """AdamW, or with `muon_factor` timm's Muon, which falls back to AdamW where it does not apply.
 
     Both with Nesterov's momentum then. Three Newton-Schulz iterations (timm: 5) are less work and taught no less.
     """
-    groups = parameter_groups(model, config)
+    groups = parameter_groups(model, config, auxiliary)
     if not config.muon_factor:
         return optim.AdamW(groups, lr=config.learning_rate, fused=True)
     return Muon(

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
+from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
@@ -41,13 +42,23 @@ class Run:
     REPEATS = 5.0  # seconds in which another Ctrl-C is taken for the first one, passed on
 
     def __init__(
-        self, config: Config, categories: list[dict[str, Any]], model: DFine, device: torch.device, epoch_steps: int
+        self,
+        config: Config,
+        categories: list[dict[str, Any]],
+        model: DFine,
+        device: torch.device,
+        epoch_steps: int,
+        auxiliary: nn.Module | None = None,
     ) -> None:
+        """
+        Args:
+            auxiliary: trained along with the model and saved in last.pt, but no part of what is used later.
+        """
         self.config, self.categories, self.device = config, categories, device
         self.folder = Path(config.run_dir)
-        self.model = model
+        self.model, self.auxiliary = model, auxiliary or nn.Module()
         self.ema = optim.Average(model, config.train)
-        self.optimizer = optim.optimizer(model, config.train)
+        self.optimizer = optim.optimizer(model, config.train, self.auxiliary)
         self.epoch_steps, self.step = epoch_steps, 0
         self.saved, self.evaluated = 0, 0  # the last steps that were
         self.best = -1.0  # the highest AP
@@ -156,9 +167,17 @@ class Run:
         wrong = ours.misfit(self.model, content["model"]) or ours.misfit(self.ema.module, content["ema"])
         if wrong:
             raise CheckpointError(f"{path}: does not fit the model of its own config at {wrong}")
+        auxiliary = content.get("auxiliary", {})
+        wrong = ours.misfit(self.auxiliary, auxiliary)
+        if wrong:
+            raise ConfigError(
+                f"{path}: distill.memory: the projection to the teacher's memory does not fit at {wrong}: resume with "
+                "the same teacher, and a weight if the run had one (end_epoch may end it)"
+            )
         if (theirs.train.muon_factor > 0) != (self.config.train.muon_factor > 0):
             raise ConfigError(f"{path}: train.muon_factor: a run cannot change between AdamW and Muon")
         self.model.load_state_dict(content["model"])
+        self.auxiliary.load_state_dict(auxiliary)
         self.ema.module.load_state_dict(content["ema"])
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         try:
@@ -178,6 +197,7 @@ class Run:
     def write(self) -> None:
         content = ours.weights(self.config, self.categories, self.ema.module) | {
             "model": self.model.state_dict(),
+            "auxiliary": self.auxiliary.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "epoch_steps": self.epoch_steps,

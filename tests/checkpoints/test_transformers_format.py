@@ -373,6 +373,9 @@ def test_a_published_model_teaches_those_of_its_classes_that_the_student_has(fol
     whole, some = answers(teacher, noise(96, 160)), answers(taught, noise(96, 160))
     assert some[0].shape == (2, 20, 2)
     assert whole[0].shape == (2, 20, 3)
+    assert taught.denoising_labels.weight.equal(
+        teacher.denoising_labels.weight[[0, 2, 3]]
+    )  # the last is of padded slots
     with pytest.raises(ConfigError, match="knows the classes Text, Section-header, List-item"):
         load_teacher(student, "student.yaml", categories("List-item", "Text"))
 

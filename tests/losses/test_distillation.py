@@ -5,25 +5,43 @@ from math import log, sqrt
 import pytest
 import torch
 from tiny import noised, random_boxes, shaken, target, tiny_config, tiny_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfine import distributed
 from dfine.boxes import iou
 from dfine.config import (
     BoxDistillConfig,
+    CellsDistillConfig,
     ClassDistillConfig,
     DistillConfig,
     GoLsdConfig,
     LossConfig,
     MatcherConfig,
+    MemoryDistillConfig,
     ModelConfig,
 )
 from dfine.losses.criterion import criterion
-from dfine.losses.distillation import active, box_distance, class_kl, class_mse, distillation, go_lsd, project
+from dfine.losses.distillation import (
+    CELLS,
+    DENOISING,
+    SHARED,
+    active,
+    answered,
+    asked,
+    box_distance,
+    class_kl,
+    class_mse,
+    distillation,
+    go_lsd,
+    matched_by,
+    memory_distance,
+    memory_projection,
+    project,
+)
 from dfine.losses.golsd import kl_of_edges
 from dfine.model.detector import DFine
 from dfine.model.fdr import decode, expectation, weighting_function
-from dfine.structures import DFineOutput, Refinement, Target
+from dfine.structures import Batch, Cells, Denoising, DFineOutput, Matches, NoisedTruth, Queries, Refinement, Target
 
 W = weighting_function(8, 0.5, 0.25)
 EVERY = {"class": 1.0, "box": 1.0, "go_lsd": 1.0}
@@ -53,7 +71,21 @@ def answers(seed: int = 0) -> tuple[Refinement, Refinement]:
 
 def losses(student: Refinement, teacher: Refinement, targets: list[Target] = PAGES, **terms: object) -> dict:
     config = DistillConfig(**dict(CONFIG) | terms)
-    return distillation(student, teacher, W, W, targets, EVERY, config, MATCHER)
+    return distillation(*as_outputs(student, teacher), W, W, targets, EVERY, config, MATCHER)
+
+
+def as_outputs(student: Refinement, teacher: Refinement) -> tuple[DFineOutput, DFineOutput]:
+    """Answers to the teacher's queries as parts of what the models say."""
+    pages, queries = teacher.initial_boxes.shape[:2]
+    start = Queries(torch.zeros(0), torch.zeros(0), torch.ones(pages, queries, dtype=torch.bool))
+    return DFineOutput(student, start, shared=student), DFineOutput(teacher, start)
+
+
+def edges(student: Refinement, teacher: Refinement, temperature: float, targets: list[Target], w: Tensor = W) -> Tensor:
+    """GO-LSD where all queries are real."""
+    real = torch.ones(2, 5, dtype=torch.bool)
+    pairs = matched_by(teacher, targets, MATCHER, real)
+    return go_lsd(student, teacher, w, W, targets, temperature, pairs, real)
 
 
 # Projection: edge distributions in another frame
@@ -203,7 +235,7 @@ def test_go_lsd_is_ddf_against_the_projected_distributions():
         weight = logits[place].sigmoid().max() if truth is None else iou(boxes[place], truth)
         sums[truth is not None] += weight * kl[:, *place] / 4
     expected = (sums[True] / 3 * sqrt(3) + sums[False] / 7 * sqrt(7)) / (sqrt(3) + sqrt(7))
-    torch.testing.assert_close(go_lsd(student, teacher, W, W, PAGES, 5, MATCHER), expected)
+    torch.testing.assert_close(edges(student, teacher, 5, PAGES), expected)
 
 
 def test_go_lsd_leads_the_student_to_the_teachers_boxes_whatever_its_frame_and_bins():
@@ -217,7 +249,7 @@ def test_go_lsd_leads_the_student_to_the_teachers_boxes_whatever_its_frame_and_b
     for _ in range(200):
         optimizer.zero_grad()
         own = student._replace(edge_logits=edge_logits, initial_boxes=frame)
-        go_lsd(own, teacher, w, W, PAGES, 1.0, MATCHER).sum().backward()
+        edges(own, teacher, 1.0, PAGES, w).sum().backward()
         optimizer.step()
     boxes = decode(frame, expectation(edge_logits.detach(), w))
     assert iou(boxes, teacher.boxes.expand_as(boxes)).min() > 0.97
@@ -249,17 +281,35 @@ def test_every_term_has_its_weight_times_alpha():
         boxes=BoxDistillConfig(weight=3),
         go_lsd=GoLsdConfig(weight=4),
     )
-    assert active(config, epoch=0) == {"class": 1, "box": 1.5, "go_lsd": 2}
+    assert active(config, epoch=0) == {"class": 1, "box": 1.5, "go_lsd": 2, "cell_class": 0.5}
 
 
 def test_terms_without_weight_are_left_out():
     assert active(DistillConfig(alpha=0), epoch=0) == {}
-    assert active(DistillConfig(boxes=BoxDistillConfig(weight=0)), epoch=0).keys() == {"class", "go_lsd"}
+    assert active(DistillConfig(boxes=BoxDistillConfig(weight=0)), epoch=0).keys() == {"class", "go_lsd", "cell_class"}
 
 
 def test_go_lsd_waits_for_its_epoch():
     config = DistillConfig(go_lsd=GoLsdConfig(start_epoch=1.5))
     assert [epoch for epoch in (0, 1, 1.49, 1.5, 2) if "go_lsd" in active(config, epoch)] == [1.5, 2]
+
+
+def test_shared_and_denoising_weigh_the_three_terms_of_their_queries():
+    config = DistillConfig(shared=0.5, denoising=2, cells=CellsDistillConfig(classes=0))
+    once = {"class": 1, "box": 5, "go_lsd": 1.5}
+    expected = {term: 0.5 * weight for term, weight in once.items()}
+    assert active(config, epoch=0) == expected | {f"{term}_denoising": 2 * weight for term, weight in once.items()}
+
+
+def test_cells_and_memory_fade_linearly_until_their_epoch():
+    config = DistillConfig(
+        shared=0, cells=CellsDistillConfig(boxes=5, end_epoch=4), memory=MemoryDistillConfig(weight=2, end_epoch=2)
+    )
+    assert active(config, epoch=0) == {"cell_class": 1, "cell_box": 5, "memory": 2}
+    assert active(config, epoch=1) == {"cell_class": 0.75, "cell_box": 3.75, "memory": 1}
+    assert active(config, epoch=2) == {"cell_class": 0.5, "cell_box": 2.5}
+    assert active(config, epoch=4) == active(config, epoch=9) == {}
+    assert active(DistillConfig(), epoch=1000)["cell_class"] == 1
 
 
 def test_weights_scale_their_own_terms_and_the_rest_is_not_computed():
@@ -269,7 +319,7 @@ def test_weights_scale_their_own_terms_and_the_rest_is_not_computed():
         ("distill_class", "distill_box", "distill_go_lsd"), (3,)
     )
     for term in EVERY:
-        twice = distillation(student, teacher, W, W, PAGES, {term: 2.0}, CONFIG, MATCHER)
+        twice = distillation(*as_outputs(student, teacher), W, W, PAGES, {term: 2.0}, CONFIG, MATCHER)
         assert twice.keys() == {f"distill_{term}"}
         torch.testing.assert_close(twice[f"distill_{term}"], 2 * once[f"distill_{term}"])
 
@@ -290,7 +340,7 @@ def test_where_the_teacher_matches_nothing_go_lsd_is_the_mean_over_all_queries()
     p = (teacher.edge_logits[-1] / 5).softmax(-1)
     kl = kl_of_edges(project(p, teacher.initial_boxes, W, student.initial_boxes, W), student.edge_logits, 5)
     mean = (kl / 4 * teacher.logits[-1].sigmoid().amax(-1)).mean((1, 2))
-    torch.testing.assert_close(go_lsd(student, teacher, W, W, [page(), page()], 5.0, MATCHER), mean)
+    torch.testing.assert_close(edges(student, teacher, 5.0, [page(), page()]), mean)
 
 
 def test_equal_processes_give_what_one_gives(monkeypatch: pytest.MonkeyPatch):
@@ -316,88 +366,238 @@ def test_a_teacher_that_answers_nan_is_stopped_with_the_image():
         losses(student, teacher, [PAGES[0], PAGES[1]._replace(image_id=7)])
 
 
+# Denoising queries
+
+
+def test_denoising_queries_are_compared_like_the_teachers():
+    """Two pages of at most two boxes, one group: four slots, of which the second page's box leaves two empty."""
+    student, teacher = answers()
+    labels = torch.tensor([[0, 1, 0, 1], [2, 3, 2, 3]])  # 3: an empty slot
+    start = NoisedTruth(labels, torch.zeros(2, 4, 4), groups=1)
+    both = []
+    for output in (student, teacher):
+        four = Refinement(*(x[:, :, :4] for x in output[:3]), output.initial_boxes[:, :4])
+        both.append(DFineOutput(output, None, denoising=Denoising(four, None, start)))
+    weights = {f"{term}_denoising": weight for term, weight in EVERY.items()}
+    terms = distillation(*both, W, W, PAGES, weights, CONFIG, MATCHER)
+    assert terms.keys() == {"distill_class_denoising", "distill_box_denoising", "distill_go_lsd_denoising"}
+
+    real, (ours, theirs) = labels < 3, (output.denoising.refined for output in both)
+    kl = sum(
+        class_kl(theirs.logits[0, i, real[i]][None], ours.logits[:, i, real[i]][:, None], temperature=1) for i in (0, 1)
+    )
+    torch.testing.assert_close(terms["distill_class_denoising"], kl / 3)
+    confidence = theirs.logits[0].sigmoid().amax(-1) * real
+    distance = box_distance(theirs.boxes[0], ours.boxes, confidence, squared=False) / confidence.sum()
+    torch.testing.assert_close(terms["distill_box_denoising"], distance)
+    fixed = Matches(None, torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0]), torch.tensor([0, 1, 2]))
+    theirs.logits[:, ~real] = -1e4  # so that empty slots have no weight
+    torch.testing.assert_close(terms["distill_go_lsd_denoising"], go_lsd(ours, theirs, W, W, PAGES, 1.0, fixed, real))
+
+
+# Memory cells
+
+
+def cells(*valid: bool, classes: int = 3, width: int = 4) -> Cells:
+    """Two pages with as many cells as there are values."""
+    count = len(valid)
+    shape, mask = (2, count), torch.tensor([valid] * 2)
+    logits = torch.randn(*shape, classes, dtype=torch.float64)
+    memory = torch.randn(*shape, width, dtype=torch.float64)
+    return Cells(logits, random_boxes(*shape), random_boxes(*shape), mask, memory)
+
+
+def of_cells(student: Cells, teacher: Cells, **weights: float) -> dict[str, Tensor]:
+    outputs = [DFineOutput(None, None, cells=x) for x in (student, teacher)]
+    return distillation(*outputs, W, W, PAGES, weights or dict.fromkeys(CELLS, 1.0), CONFIG, MATCHER)
+
+
+def test_every_cell_learns_the_teachers_score_of_every_class():
+    torch.manual_seed(0)
+    student, teacher = cells(True, True), cells(True, True)
+    loss = of_cells(student, teacher, cell_class=2.0)
+    assert loss.keys() == {"distill_cell_class"}
+    kl = class_kl(teacher.logits, student.logits[None], temperature=1)[0]
+    torch.testing.assert_close(loss["distill_cell_class"], 2 * kl / 3)  # boxes
+
+
+def test_boxes_and_memory_count_where_the_teacher_sees_something():
+    """Sure of the first cell, sure that there is nothing in the second."""
+    torch.manual_seed(0)
+    student, teacher = cells(True, True), cells(True, True)
+    teacher.logits[:, 0], teacher.logits[:, 1] = 100, -100
+    losses = of_cells(student, teacher)
+    first = (student.boxes - teacher.boxes).abs().sum(-1)[:, 0].mean()
+    torch.testing.assert_close(losses["distill_cell_box"], first)
+    normed = [torch.nn.functional.layer_norm(x.memory[:, 0], (4,)) for x in (student, teacher)]
+    torch.testing.assert_close(losses["distill_memory"], (normed[0] - normed[1]).square().mean())
+
+
+def test_cells_that_are_not_valid_have_no_part():
+    torch.manual_seed(0)
+    student, teacher = cells(True, False, True), cells(True, False, True)
+    for x in (student.logits, student.boxes, student.memory):
+        x.requires_grad_()
+    losses = of_cells(student, teacher)
+    kept = [Cells(*(x[:, ::2] for x in side)) for side in (student, teacher)]
+    for name, loss in of_cells(*kept).items():
+        torch.testing.assert_close(losses[name], loss)
+    sum(losses.values()).backward()
+    assert all((x.grad[:, 1] == 0).all() for x in (student.logits, student.boxes, student.memory))
+    assert all((x.grad[:, ::2] != 0).any(-1).all() for x in (student.logits, student.boxes, student.memory))
+
+
+def test_of_a_memory_neither_mean_nor_scale_matter():
+    torch.manual_seed(0)
+    memory, other = torch.randn(2, 3, 16).double(), torch.randn(2, 3, 16).double()
+    weight = torch.ones(2, 3).double()
+    assert memory_distance(memory, 5 * memory + 3, weight).item() == pytest.approx(0, abs=1e-4)
+    assert memory_distance(memory, -memory, weight).item() == pytest.approx(6 * 4, rel=1e-3)
+    torch.testing.assert_close(memory_distance(memory, other, 2 * weight), 2 * memory_distance(memory, other, weight))
+
+
+def test_a_teacher_that_sees_nothing_on_any_page_teaches_boxes_and_memory_nothing():
+    torch.manual_seed(0)
+    student, teacher = cells(True, True), cells(False, False)
+    assert all(loss == 0 for loss in of_cells(student, teacher).values())
+
+
 # With models
 
 
-def images() -> Tensor:
+WHOLE = DistillConfig(denoising=1, cells=CellsDistillConfig(boxes=5), memory=MemoryDistillConfig(weight=2))
+TERMS = {f"distill_{term}" for term in (*SHARED, *DENOISING, *CELLS)}
+ONE_EACH = [target([[0.3, 0.3, 0.2, 0.2]]), target([[0.6, 0.5, 0.4, 0.2]])]
+
+
+def batch(targets: list[Target] = ONE_EACH) -> Batch:
+    """Two pages, of which the second is smaller than the canvas."""
     torch.manual_seed(2)
-    return torch.rand(2, 3, 64, 96)
+    return Batch(torch.rand(2, 3, 64, 96), torch.tensor([[64, 96], [40, 50]]), targets)
 
 
-def asked(student: DFine, teacher: DFine) -> tuple[DFineOutput, DFineOutput]:
-    """The student's output, the teacher's queries answered as well, and the teacher's."""
-    with torch.no_grad():
-        taught = teacher(images())
-    return student(images(), shared=taught.queries), taught
+def both(
+    student: DFine, teacher: DFine, config: DistillConfig = WHOLE, targets: list[Target] = ONE_EACH
+) -> tuple[DFineOutput, DFineOutput]:
+    """The student's output and the teacher's; the projection between their memories changes nothing."""
+    pages, start, weights = batch(targets), noised(targets), active(config, 0)
+    projection = memory_projection(student, teacher)
+    nn.init.eye_(projection.weight)
+    nn.init.zeros_(projection.bias)
+    taught = asked(teacher, pages, start, weights)
+    return answered(student, projection, pages, start, taught, weights), taught
 
 
-def distilled(student: DFine, teacher: DFine, config: DistillConfig = CONFIG) -> dict[str, Tensor]:
-    output, taught = asked(student, teacher)
-    w = (student.decoder.w, teacher.decoder.w)
-    targets = [target([[0.3, 0.3, 0.2, 0.2]]), target([[0.6, 0.5, 0.4, 0.2]])]
-    return distillation(output.shared, taught.refined, *w, targets, active(config, 0), config, MATCHER)
+def distilled(
+    student: DFine, teacher: DFine, config: DistillConfig = WHOLE, targets: list[Target] = ONE_EACH
+) -> dict[str, Tensor]:
+    outputs, w = both(student, teacher, config, targets), (student.decoder.w, teacher.decoder.w)
+    return distillation(*outputs, *w, targets, active(config, 0), config, MATCHER)
 
 
 def test_a_student_that_equals_its_teacher_has_nothing_to_learn():
     """In evaluation mode, where both answer with their last layers."""
     model = shaken(tiny_model()).eval()
     for kind, boxes in (("kl", "l1"), ("mse", "mse")):
-        config = DistillConfig(classes=ClassDistillConfig(loss=kind), boxes=BoxDistillConfig(loss=boxes))
-        terms = distilled(model, model, config)
-        assert {name: loss.tolist() for name, loss in terms.items()} == {
-            name: pytest.approx([0], abs=1e-5) for name in ("distill_class", "distill_box", "distill_go_lsd")
+        same = {"classes": ClassDistillConfig(loss=kind), "boxes": BoxDistillConfig(loss=boxes)}
+        terms = distilled(model, model, WHOLE.model_copy(update=same))
+        assert {name: loss.sum().item() for name, loss in terms.items()} == {
+            name: pytest.approx(0, abs=1e-5) for name in TERMS
         }
     other = distilled(shaken(tiny_model(), 0.2).eval(), model)
     assert all(loss.item() > 1e-3 for loss in other.values())
 
 
+def test_both_models_have_the_same_cells_anchors_and_page_frames():
+    """Whatever their widths; the student is in training mode, the teacher sees each page on a canvas of its own."""
+    student, teacher = DFine(narrow(), 3), shaken(tiny_model()).eval()
+    ours, theirs = (output.cells for output in both(student, teacher))
+    assert torch.equal(ours.anchors, theirs.anchors)
+    assert torch.equal(ours.valid, theirs.valid)
+    assert ours.memory.shape == theirs.memory.shape  # as projected
+
+
+def test_what_is_not_compared_is_not_computed(monkeypatch: pytest.MonkeyPatch):
+    """The decoder's second pass, the teacher's denoising queries, the answers of every cell, the projection."""
+    student, teacher = tiny_model(), shaken(tiny_model()).eval()
+    calls = []
+    decoder = student.decoder.forward
+    monkeypatch.setattr(student.decoder, "forward", lambda *a, **k: calls.append("decoder") or decoder(*a, **k))
+    queries_alone = DistillConfig(cells=CellsDistillConfig(classes=0))
+    for config, passes in ((queries_alone, 2), (WHOLE, 2), (WHOLE.model_copy(update={"shared": 0.0}), 1)):
+        calls.clear()
+        output, taught = both(student, teacher, config)
+        assert len(calls) == passes
+        assert (output.shared is None) == (passes == 1)
+        assert (output.cells is None) == (taught.cells is None) == (config is queries_alone)
+        assert (taught.denoising is None) == (config is queries_alone)
+    memory_alone = DistillConfig(shared=0, cells=CellsDistillConfig(classes=0), memory=MemoryDistillConfig(weight=1))
+    assert distilled(student, teacher, memory_alone).keys() == {"distill_memory"}
+    assert asked(teacher, batch(), None, {}) is None
+
+
 def test_gradients_never_reach_the_teacher():
     """Even if nobody froze it."""
     student, teacher = tiny_model(), shaken(tiny_model()).eval()
-    taught = teacher(images())
-    output = student(images(), shared=taught.queries)
-    w = (student.decoder.w, teacher.decoder.w)
-    targets = [target([[0.3, 0.3, 0.2, 0.2]])] * 2
-    terms = distillation(output.shared, taught.refined, *w, targets, EVERY, CONFIG, MATCHER)
+    terms = distilled(student, teacher)
     sum(loss.sum() for loss in terms.values()).backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert any(parameter.grad is not None for parameter in student.parameters())
 
 
-def test_the_ordinary_losses_do_not_notice_the_shared_queries():
+def test_the_teacher_alone_teaches_the_student_also_from_pages_without_boxes():
+    """As with beta = 0: every parameter gets a gradient, those of encoder and query selection one that moves them."""
+    student, teacher, empty = shaken(tiny_model(), 0.2), shaken(tiny_model()).eval(), [target([])] * 2
+    outputs, w = both(student, teacher, targets=empty), (student.decoder.w, teacher.decoder.w)
+    terms = distillation(*outputs, *w, empty, active(WHOLE, 0), WHOLE, MATCHER)
+    assert terms.keys() == TERMS
+    assert all(loss.isfinite().all() for loss in terms.values())
+    own = criterion(outputs[0], empty, w[0], LOSS)
+    sum(loss.sum() for loss in (*terms.values(), *(0 * loss for loss in own.values()))).backward()
+    gradients = {name: parameter.grad for name, parameter in student.named_parameters()}
+    assert [name for name, grad in gradients.items() if grad is None or not grad.isfinite().all()] == []
+    assert all((grad != 0).any() for name, grad in gradients.items() if name.startswith(("encoder", "selection")))
+
+
+def test_the_ordinary_losses_do_not_notice_the_teacher():
     student, teacher = shaken(tiny_model()), shaken(tiny_model(), 0.2).eval()
     targets = [target([[0.3, 0.3, 0.2, 0.2]]), target([])]
-    noise = noised(targets)
-    plain = criterion(student(images(), noised=noise), targets, student.decoder.w, LOSS)
-    shared = student(images(), noised=noise, shared=teacher(images()).queries)
+    shared, _ = both(student, teacher, targets=targets)
+    pages, noise = batch(targets), noised(targets)
+    plain = criterion(student(pages.images, pages.sizes, noise), targets, student.decoder.w, LOSS)
     for name, loss in criterion(shared, targets, student.decoder.w, LOSS).items():
-        assert torch.equal(loss, plain[name])
+        torch.testing.assert_close(loss, plain[name])
+
+
+def narrow() -> ModelConfig:
+    small = tiny_config(layers=2, queries=5, bins=6, a=0.6, heads=2)
+    return ModelConfig(**dict(small) | {"hidden_dim": 16, "encoder": small.encoder.model_copy(update={"heads": 2})})
 
 
 def test_any_widths_layers_queries_and_bins_go_together():
     torch.manual_seed(0)
-    small = tiny_config(layers=2, queries=5, bins=6, a=0.6, heads=2)
-    small = ModelConfig(**dict(small) | {"hidden_dim": 16, "encoder": small.encoder.model_copy(update={"heads": 2})})
-    terms = distilled(shaken(DFine(small, 3)), shaken(tiny_model()).eval())
-    assert all(loss.shape == (2,) and loss.isfinite().all() for loss in terms.values())
+    terms = distilled(shaken(DFine(narrow(), 3)), shaken(tiny_model()).eval())
+    assert terms.keys() == TERMS
+    of_layers = {name for name, loss in terms.items() if loss.shape == (2,)}
+    assert of_layers == {f"distill_{term}" for term in (*SHARED, *DENOISING)}
+    assert all(loss.isfinite().all() for loss in terms.values())
 
 
 def test_losses_are_in_single_precision_under_autocast():
     student, teacher = tiny_model(), shaken(tiny_model()).eval()
     with torch.autocast("cpu", torch.bfloat16):
-        output, taught = asked(student, teacher)
+        outputs = both(student, teacher)
     w = (student.decoder.w, teacher.decoder.w)
-    terms = distillation(output.shared, taught.refined, *w, [target([])] * 2, EVERY, CONFIG, MATCHER)
+    terms = distillation(*outputs, *w, ONE_EACH, active(WHOLE, 0), WHOLE, MATCHER)
     assert all(loss.dtype == torch.float32 and loss.isfinite().all() for loss in terms.values())
 
 
 def test_autocast_changes_no_loss():
     student, teacher = tiny_model(), shaken(tiny_model()).eval()
-    output, taught = asked(student, teacher)
-    arguments = (output.shared, taught.refined, student.decoder.w, teacher.decoder.w, [target([])] * 2)
-    plain = distillation(*arguments, EVERY, CONFIG, MATCHER)
+    arguments = (*both(student, teacher), student.decoder.w, teacher.decoder.w, ONE_EACH, active(WHOLE, 0), WHOLE)
+    plain = distillation(*arguments, MATCHER)
     with torch.autocast("cpu", torch.bfloat16):
-        cast = distillation(*arguments, EVERY, CONFIG, MATCHER)
+        cast = distillation(*arguments, MATCHER)
     for name, loss in plain.items():
         torch.testing.assert_close(cast[name], loss, msg=name)
 

@@ -75,7 +75,31 @@ def test_weights_can_come_from_a_local_file(tmp_path: Path):
     assert torch.equal(backbone.body.stem_0.weight, model.stem[0].weight)
 
 
+@pytest.mark.parametrize("name", ["test_vit", "test_vit3"])
+def test_a_plain_transformer_has_the_map_of_its_last_block_for_pages_of_any_shape(name: str):
+    """Of the second timm takes squares of 160 pixels alone, unless it is told otherwise."""
+    backbone = untrained(name)
+    assert backbone.plain
+    (x,) = backbone(torch.rand(1, 3, 64, 96))
+    assert x.shape == (1, *backbone.channels, 4, 6)
+    x.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in backbone.parameters())
+
+
 # What goes wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "strides", "message"),
+    [
+        ("eva02_tiny_patch14_224", (8, 16, 32), r"model\.backbone\.name: eva02_tiny_patch14_224 has stride 14 alone"),
+        ("test_vit", (16, 32, 64), r"model\.strides: test_vit has stride 16 alone; a pyramid .* but not \[64\]"),
+        ("test_vit_relpos", (8, 16, 32), r"timm's test_vit_relpos takes pages of one size alone"),
+    ],
+)
+def test_plain_transformers_that_cannot_serve_are_refused(name: str, strides: tuple[int, ...], message: str):
+    with pytest.raises(ConfigError, match=message):
+        untrained(name, strides)
 
 
 def test_a_missing_stride_is_named_with_those_there_are():

@@ -69,6 +69,7 @@ class Step:
         self.model, self.step, self.epoch_steps = Three(), step, 10
         self.optimizer = SimpleNamespace(step=self.keep, zero_grad=self.model.zero_grad)
         self.optimizer.param_groups = [{"factor": 1.0}, {"factor": 0.1}]
+        self.auxiliary = nn.Module()
         self.ema = SimpleNamespace(update=lambda model, step: self.averaged.append(step))
         self.gradients: list[float | None] = []
         self.averaged: list[int] = []
