@@ -109,16 +109,7 @@ class CocoImages:
         Raises:
             PageError: there is none, or it is of another size.
         """
-        parts = Path(entry["file"]).parts
-        names = ["/".join(parts[first:]) for first in range(len(parts))]  # the longest first
-        image = next((self.images[name] for name in names if name in self.images), None)
-        if image is None or entry["page"] > 1:
-            raise PageError(f"{entry['file']}, page {entry['page']}: {self.path} has no such image")
-        image_id, size = image
-        if size != (entry["width"], entry["height"]):
-            raise PageError(
-                f"{entry['file']}: has {entry['width']}x{entry['height']} pixels, {self.path} says {size[0]}x{size[1]}"
-            )
+        image_id = id_of(entry, self.images, self.path)
         results = []
         for detection in entry["detections"]:
             x1, y1, x2, y2 = detection["box"]
@@ -126,3 +117,25 @@ class CocoImages:
             result = {"image_id": image_id, "category_id": detection["category_id"], "bbox": box}
             results.append(result | {"score": detection["score"]})
         return results
+
+
+def id_of(entry: dict[str, Any], images: dict[str, tuple[int, tuple[int, int]]], path: Path) -> int:
+    """The id of the image that a page is: the one whose `file_name` the page's path ends with.
+
+    Args:
+        entry: the page's `file`, `page`, `width` and `height`.
+        images: id and (width, height) of the images by `file_name`. path: of their json, for messages.
+    Raises:
+        PageError: there is none, or it is of another size.
+    """
+    parts = Path(entry["file"]).parts
+    names = ["/".join(parts[first:]) for first in range(len(parts))]  # the longest first
+    image = next((images[name] for name in names if name in images), None)
+    if image is None or entry["page"] > 1:
+        raise PageError(f"{entry['file']}, page {entry['page']}: {path} has no such image")
+    image_id, size = image
+    if size != (entry["width"], entry["height"]):
+        raise PageError(
+            f"{entry['file']}: has {entry['width']}x{entry['height']} pixels, {path} says {size[0]}x{size[1]}"
+        )
+    return image_id
