@@ -21,16 +21,15 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import nms
 
-from dfine.boxes import cxcywh_to_xyxy, iou, xyxy_to_cxcywh
+from dfine.boxes import cxcywh_to_xyxy, iou
 from dfine.checkpoints.loading import load_model
 from dfine.checkpoints.onnx_format import is_onnx
 from dfine.config import Config, ConfigError, DataConfig, LossConfig
-from dfine.data.sources import on_page, read_coco
-from dfine.data.transforms import PageError, have_an_area, pad, sized
-from dfine.inference.documents import Place, list_pages, read
-from dfine.inference.evaluation import category_ids, finite
+from dfine.data.transforms import PageError, pad, sized
+from dfine.inference.documents import list_pages, read
+from dfine.inference.evaluation import finite
 from dfine.inference.pages import DEDUPE
-from dfine.inference.results import id_of
+from dfine.inference.results import truth_of
 from dfine.losses.criterion import Normalisers, Truth, stack, supervise
 from dfine.losses.golsd import union
 from dfine.losses.matcher import match
@@ -70,34 +69,12 @@ def main() -> None:
     page, target = read(*place).pixels, None
     model, config, categories = load_model(options.checkpoint)
     if options.annotations is not None:
-        target = truth_of(place, page, options.annotations, categories, options.checkpoint)
+        target = truth_of(place, page.shape[:2], options.annotations, categories, options.checkpoint)
     model.to("cuda" if torch.cuda.is_available() else "cpu").deploy()
     data = explained(model, config, categories, page, str(place), target) | {"checkpoint": options.checkpoint}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(as_html(data), encoding="utf-8")
     print(f"{options.out}: {place} with {len(data['queries'])} queries; open it in a browser")
-
-
-def truth_of(
-    place: Place, page: np.ndarray, annotations: Path, categories: list[dict[str, Any]], checkpoint: str
-) -> Target:
-    """The truth of a page (H, W, 3) from a COCO json, as in training: boxes clipped to the page, crowds left out.
-
-    Raises:
-        PageError: not COCO, or without the page. ConfigError: its categories are not those of the checkpoint.
-    """
-    coco, (height, width) = read_coco(annotations), page.shape[:2]
-    theirs = sorted(({"id": c["id"], "name": c["name"]} for c in coco["categories"]), key=lambda c: c["id"])
-    ids = category_ids(categories, theirs, checkpoint, str(annotations))
-    images = {i["file_name"]: (i["id"], (i["width"], i["height"])) for i in coco["images"]}
-    entry = {"file": str(place.file), "page": place.page, "width": width, "height": height}
-    image_id = id_of(entry, images, annotations)
-    things = [a for a in coco["annotations"] if a["image_id"] == image_id and not a["iscrowd"]]
-    labels = torch.tensor([ids.index(thing["category_id"]) for thing in things], dtype=torch.int64)
-    boxes = on_page(things, np.array([height, width]))  # (T, 4) xyxy pixels
-    kept = have_an_area(boxes)
-    cxcywh = xyxy_to_cxcywh(torch.from_numpy(boxes / [width, height, width, height])).float()
-    return Target(labels[kept], cxcywh[kept], image_id, (height, width))
 
 
 @torch.inference_mode()
@@ -147,7 +124,8 @@ def explained(
     """
     seen, w, (height, width) = look(model, config.data, page), model.decoder.w.cpu(), page.shape[:2]
     finite(detect(seen.output, [(height, width)])[0], file)
-    heads, edge_logits = all_heads(seen.output), seen.output.refined.edge_logits[:, 0]
+    output, edge_logits = seen.output, seen.output.refined.edge_logits[:, 0]
+    heads = stack(output.refined, output.initial, output.encoder)
     pixels = torch.tensor([width, height, width, height])
     cxcywh = torch.cat([seen.anchors, in_time(heads.boxes)[:, 0]])  # (H + 1, Q, 4)
     boxes = cxcywh_to_xyxy(cxcywh).clamp(0, 1) * pixels  # (H + 1, Q, 4)
@@ -157,7 +135,7 @@ def explained(
     best = [q for q in scores[-1].argsort(descending=True).tolist() if scores[-1, q] > 0]
     if not best:
         raise PageError(f"{file}: no cell of the model's maps lies on the page")
-    verdicts = None if target is None else judged(seen.output, target, w, config.loss)
+    verdicts = None if target is None else judged(output, heads, target, w, config.loss)
     queries = [
         {
             "query": q,
@@ -178,7 +156,7 @@ def explained(
         {"label": label, "box": rounded(box * pixels, 3)}
         for label, box in zip(target.labels.tolist(), cxcywh_to_xyxy(target.boxes), strict=True)
     ]
-    about = {"file": file, "width": width, "height": height, "image": data_uri(page), "dedupe": DEDUPE}
+    about = {"file": file, "width": width, "height": height, "href": data_uri(page), "dedupe": DEDUPE}
     about |= {"classes": [category["name"] for category in categories], "w": rounded(w, 5)}
     about["steps"] = ["anchor", "proposal", "initial box", *(f"layer {i + 1}" for i in range(len(edge_logits)))]
     levels = zip(model.strides, config.model.decoder.points, strict=True)
@@ -186,25 +164,24 @@ def explained(
     return about | {"queries": queries, "truth": truth}
 
 
-def all_heads(output: DFineOutput) -> Prediction:
-    """As `criterion` stacks them: layers 1 to L, the initial boxes, the proposals; H = L + 2."""
-    return stack(output.refined, output.initial, output.encoder)
-
-
 def in_time(x: Tensor) -> Tensor:
-    """(H, ...) from that order to the order of time: the proposals, the initial boxes, layers 1 to L."""
+    """(L + 2, ...) from `criterion`'s order of heads to that of time: proposals, initial boxes, layers 1 to L."""
     return x[[-1, -2, *range(len(x) - 2)]]
 
 
-def judged(output: DFineOutput, target: Target, w: Tensor, config: LossConfig) -> list[dict[str, Any]]:
+def judged(
+    output: DFineOutput, heads: Prediction, target: Target, w: Tensor, config: LossConfig
+) -> list[dict[str, Any]]:
     """What the truth says of each of the Q queries; lists over heads are in the order of time.
 
+    Args:
+        heads: all L + 2, as `criterion` stacks them.
     Returns:
         `matched`, the box that each head's matching gives the query; `truth`, the one that the union gives it, with
         the heads' `iou` and the `bins` of each edge (the left one and both weights); `losses`, what the query adds to
         each weighted term of `criterion`: the sums over all queries are the losses of the page.
     """
-    refined, heads, real = output.refined, all_heads(output), output.queries.real
+    refined, real = output.refined, output.queries.real
     layers, count = len(refined.logits), real.shape[1]
     own = match(heads.logits, heads.boxes, [target], config.matcher, config.matcher.encoder_queries, real)
     pairs = union(own, count, last=layers - 1)
