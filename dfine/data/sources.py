@@ -62,9 +62,7 @@ class CocoPages:
         index = {image_id: i for i, image_id in enumerate(self.ids)}
         things = [a for a in coco["annotations"] if not a.get("iscrowd", 0)]
         page = np.array([index[a["image_id"]] for a in things], dtype=np.int64)
-        xywh = np.array([a["bbox"] for a in things], dtype=np.float64).reshape(-1, 4)
-        limit = np.array(self.sizes, dtype=np.float64).reshape(-1, 2)[page][:, [1, 0, 1, 0]]
-        xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1).clip(0, limit)
+        xyxy = on_page(things, np.array(self.sizes).reshape(-1, 2)[page])
         kept = np.flatnonzero(have_an_area(xyxy))
         self.dropped = len(things) - len(kept)
         kept = kept[np.argsort(page[kept], kind="stable")]
@@ -111,6 +109,16 @@ class SyntheticPages:
 
     def summary(self) -> str:
         return f"{len(self.ids)} drawn pages of seed {self.seed}"
+
+
+def on_page(annotations: list[dict[str, Any]], sizes: np.ndarray) -> np.ndarray:
+    """The boxes of annotations, clipped to their pages: (T, 4) float64 xyxy pixels, of which some may be empty.
+
+    Args:
+        sizes: (T, 2) or (2,) height, width of the pages.
+    """
+    xywh = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4)
+    return np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1).clip(0, sizes[..., [1, 0, 1, 0]])
 
 
 def read_coco(path: Path) -> dict[str, Any]:

@@ -121,28 +121,30 @@ def finite(found: Detections, page: str) -> Detections:
     return found
 
 
-def category_ids(own: list[dict[str, Any]], pages: list[dict[str, Any]], checkpoint: str) -> list[int | None]:
+def category_ids(
+    own: list[dict[str, Any]], pages: list[dict[str, Any]], checkpoint: str, source: str = "data.val"
+) -> list[int | None]:
     """The id among the pages' categories of each class of a model; None: the pages do not have the class.
 
     Published weights number their classes from 0, which says nothing about a json: these go by name, or by number if
     they have no names and the json as many classes.
 
     Args:
-        own, pages: categories of the model and of the pages. checkpoint: of the model, for messages.
+        own, pages: categories of the model and of the pages. checkpoint, source: where they are from, for messages.
     Raises:
         ConfigError: a checkpoint of a run has other categories, or published weights lack one; names both sides.
     """
     if own == pages:
         return [category["id"] for category in own]
     if [category["id"] for category in own] != list(range(len(own))):
-        raise ConfigError(f"data.val: has the categories {pages}, {checkpoint} knows {own}")
+        raise ConfigError(f"{source}: has the categories {pages}, {checkpoint} knows {own}")
     names = [category["name"] for category in own]
     if names == [str(i) for i in range(len(pages))]:
         return [category["id"] for category in pages]
     labels = matched(names, [category["name"] for category in pages])
     if None in labels:
         unknown = [category["name"] for category, label in zip(pages, labels, strict=True) if label is None]
-        raise ConfigError(f"data.val: has {', '.join(unknown)}, which {checkpoint} does not know: {listed(names)}")
+        raise ConfigError(f"{source}: has {', '.join(unknown)}, which {checkpoint} does not know: {listed(names)}")
     ids = {label: category["id"] for category, label in zip(pages, labels, strict=True)}
     return [ids.get(label) for label in range(len(own))]
 

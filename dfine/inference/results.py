@@ -1,4 +1,4 @@
-"""What is found, as files: a JSON list that is whole after every page, and COCO results."""
+"""What is found, as files: a JSON list that is whole after every page, and COCO results. And the truth of a page."""
 
 import errno
 import json
@@ -6,8 +6,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dfine.data.transforms import PageError
+import numpy as np
+import torch
+
+from dfine.boxes import xyxy_to_cxcywh
+from dfine.data.sources import on_page, read_coco
+from dfine.data.transforms import PageError, have_an_area
+from dfine.inference.documents import Place
+from dfine.inference.evaluation import category_ids
 from dfine.inference.pages import Found
+from dfine.structures import Target
 
 
 def page_entry(found: Found, picture: str | None, categories: list[dict[str, Any]]) -> dict[str, Any]:
@@ -109,16 +117,7 @@ class CocoImages:
         Raises:
             PageError: there is none, or it is of another size.
         """
-        parts = Path(entry["file"]).parts
-        names = ["/".join(parts[first:]) for first in range(len(parts))]  # the longest first
-        image = next((self.images[name] for name in names if name in self.images), None)
-        if image is None or entry["page"] > 1:
-            raise PageError(f"{entry['file']}, page {entry['page']}: {self.path} has no such image")
-        image_id, size = image
-        if size != (entry["width"], entry["height"]):
-            raise PageError(
-                f"{entry['file']}: has {entry['width']}x{entry['height']} pixels, {self.path} says {size[0]}x{size[1]}"
-            )
+        image_id = id_of(entry, self.images, self.path)
         results = []
         for detection in entry["detections"]:
             x1, y1, x2, y2 = detection["box"]
@@ -126,3 +125,50 @@ class CocoImages:
             result = {"image_id": image_id, "category_id": detection["category_id"], "bbox": box}
             results.append(result | {"score": detection["score"]})
         return results
+
+
+def id_of(entry: dict[str, Any], images: dict[str, tuple[int, tuple[int, int]]], path: Path) -> int:
+    """The id of the image that a page is: the one whose `file_name` the page's path ends with.
+
+    Args:
+        entry: the page's `file`, `page`, `width` and `height`.
+        images: id and (width, height) of the images by `file_name`. path: of their json, for messages.
+    Raises:
+        PageError: there is none, or it is of another size.
+    """
+    parts = Path(entry["file"]).parts
+    names = ["/".join(parts[first:]) for first in range(len(parts))]  # the longest first
+    image = next((images[name] for name in names if name in images), None)
+    if image is None or entry["page"] > 1:
+        raise PageError(f"{entry['file']}, page {entry['page']}: {path} has no such image")
+    image_id, size = image
+    if size != (entry["width"], entry["height"]):
+        raise PageError(
+            f"{entry['file']}: has {entry['width']}x{entry['height']} pixels, {path} says {size[0]}x{size[1]}"
+        )
+    return image_id
+
+
+def truth_of(
+    place: Place, size: tuple[int, int], annotations: Path, categories: list[dict[str, Any]], checkpoint: str
+) -> Target:
+    """The truth of a page from a COCO json, as in training: boxes clipped to the page, crowds left out.
+
+    Args:
+        size: height, width of the page. categories: of the model; published weights have theirs by name.
+        checkpoint: of the model, for messages.
+    Raises:
+        PageError: not COCO, or without the page. ConfigError: its categories are not those of the model.
+    """
+    coco, (height, width) = read_coco(annotations), size
+    theirs = sorted(({"id": c["id"], "name": c["name"]} for c in coco["categories"]), key=lambda c: c["id"])
+    ids = category_ids(categories, theirs, checkpoint, str(annotations))
+    images = {i["file_name"]: (i["id"], (i["width"], i["height"])) for i in coco["images"]}
+    entry = {"file": str(place.file), "page": place.page, "width": width, "height": height}
+    image_id = id_of(entry, images, annotations)
+    things = [a for a in coco["annotations"] if a["image_id"] == image_id and not a["iscrowd"]]
+    labels = torch.tensor([ids.index(thing["category_id"]) for thing in things], dtype=torch.int64)
+    boxes = on_page(things, np.array(size))  # (T, 4) xyxy pixels
+    kept = have_an_area(boxes)
+    cxcywh = xyxy_to_cxcywh(torch.from_numpy(boxes / [width, height, width, height])).float()
+    return Target(labels[kept], cxcywh[kept], image_id, size)

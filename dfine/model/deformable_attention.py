@@ -163,13 +163,23 @@ class DeformableAttention(nn.Module):
             query: (B, Q, D). reference: (B, Q, 4) cxcywh, fractions of the page. memory: (B, S, D).
             valid_ratio: (B, 2) width, height of the page as shares of the padded canvas; None: no padding.
         """
+        locations, weights = self.sampling(query, reference)  # (B, Q, heads, P, 2), (B, Q, heads, P)
+        if valid_ratio is not None:
+            locations = locations * valid_ratio[:, None, None, None]
+        value = memory.unflatten(-1, (self.heads, -1))  # (B, S, heads, D / heads)
+        return deformable_attention(value, shapes, locations, weights, self.points)  # (B, Q, D)
+
+    def sampling(self, query: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+        """Where each head of a query reads, as fractions of the page, and what each point weighs.
+
+        Args:
+            query: (B, Q, D). reference: (B, Q, 4) cxcywh, fractions of the page.
+        Returns:
+            locations (B, Q, heads, P, 2) x, y; weights (B, Q, heads, P), whose sum over P is 1.
+        """
         batch, queries = query.shape[:2]
         shape = (batch, queries, self.heads, sum(self.points))
         offsets = full_precision(self.offsets(query)).view(*shape, 2)  # (B, Q, heads, P, 2)
         weights = full_precision(self.weights(query)).view(shape).softmax(-1)  # (B, Q, heads, P)
         centre, size = reference[:, :, None, None, :2], reference[:, :, None, None, 2:]  # (B, Q, 1, 1, 2)
-        locations = centre + offsets * self.point_scale * size  # (B, Q, heads, P, 2)
-        if valid_ratio is not None:
-            locations = locations * valid_ratio[:, None, None, None]
-        value = memory.unflatten(-1, (self.heads, -1))  # (B, S, heads, D / heads)
-        return deformable_attention(value, shapes, locations, weights, self.points)  # (B, Q, D)
+        return centre + offsets * self.point_scale * size, weights
