@@ -103,12 +103,12 @@ def test_what_processes_tell_each_other(tmp_path: Path) -> None:
 def slow_main(rank_file: Path) -> None:
     """What the main process does alone takes longer than torch would wait."""
     start = dist.init_process_group
-    dist.init_process_group = functools.partial(start, timeout=timedelta(seconds=1))  # 30 minutes, sooner
+    dist.init_process_group = functools.partial(start, timeout=timedelta(seconds=0.3))  # 30 minutes, sooner
     distributed.start()
     asked = [lambda: distributed.any_process(False), lambda: distributed.gather(1), lambda: distributed.on_main(int)]
     for question in asked:
         if distributed.is_main():
-            time.sleep(2)
+            time.sleep(1)
         question()
     rank_file.with_name(f"rank{distributed.rank()}").touch()
     distributed.finish()
