@@ -48,3 +48,11 @@ def logit(fraction: Tensor) -> Tensor:
 def full_precision(x: Tensor) -> Tensor:
     """Half precision becomes fp32; fp32 and float64 stay. For boxes, softmax and losses under autocast."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether bf16 is faster than fp32 there: on GPUs, and on CPUs with `avx512_bf16` (all with `amx_bf16` have it).
+
+    Other CPUs compute in bf16 as well, ten times as slowly. What mkldnn calls support is AVX-512 without it, too.
+    """
+    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()

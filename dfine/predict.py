@@ -66,7 +66,7 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
         default=min(4, os.cpu_count() or 1),
         help="processes that read pages, and as many that draw (default: %(default)s; 0: none)",
     )
-    add("--fast", action="store_true", help="half precision, and compiled on a GPU: for many pages")
+    add("--fast", action="store_true", help="for many pages: compiled on a GPU, and in bf16 (not on CPUs without it)")
     return parser.parse_intermixed_args(line)
 
 

@@ -1,8 +1,8 @@
 """Configuration: models hold the defaults, a YAML file what differs, `key=value` the last word; all else stops."""
 
 import pickle
-import subprocess
-import sys
+import runpy
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from dfine import config as configs
 from dfine.config import Config, ConfigError, from_dict, load, override, to_dict
 
 
@@ -106,7 +107,9 @@ def test_a_section_that_is_set_as_a_whole_starts_from_its_defaults():
 
 
 def test_importing_it_warns_of_nothing():
-    subprocess.run([sys.executable, "-W", "error", "-c", "import dfine.config"], check=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        runpy.run_path(configs.__file__)
 
 
 # What cannot be meant

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from scripts import TINY, finish, pages, same, start, state, train
+from processes import ends, launch
+from scripts import TINY, pages, same, state, train
 from tiny import shaken
 from torch import nn
 
@@ -202,8 +203,7 @@ def test_two_processes_go_on_together_when_the_pages_of_one_are_all_empty(folder
     tree = yaml.safe_load((folder / "student.yaml").read_text())
     tree["data"] |= {"train": own, "val": own, "batch_size": 1}
     (tmp_path / "student.yaml").write_text(yaml.safe_dump(tree))
-    arguments = ["--config", str(tmp_path / "student.yaml"), f"run_dir={tmp_path / 'run'}"]
-    finish(start("distill.py", *arguments, *EVERYTHING, processes=2))
+    assert ends(launch(distill, tmp_path, tmp_path / "run", *EVERYTHING)) == [0, 0]
     assert state(tmp_path / "run")["step"] == 2
 
 

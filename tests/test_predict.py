@@ -3,8 +3,8 @@
 import json
 import os
 import resource
+import runpy
 import signal
-import subprocess
 import sys
 import time
 from importlib.util import find_spec
@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from pdf import RED, write_pdf
 from PIL import Image
+from processes import ends, launch
 from pycocotools.coco import COCO
-from scripts import ROOT
 from tiny import drawn_page, shaken, tiny_config, tiny_model
 
 from dfine import predict
@@ -271,6 +271,13 @@ def test_a_picture_that_cannot_be_written_is_named_and_the_others_go_on(
 # Nothing is lost
 
 
+def predicting(line: list[str], errors: Path) -> None:
+    """predict.py as a program."""
+    os.dup2(os.open(errors, os.O_CREAT | os.O_WRONLY), 2)
+    sys.argv = line
+    runpy.run_module("dfine.predict", run_name="__main__")
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_that_is_ended_leaves_its_pages_and_goes_on_with_the_others(
     script: Any, best: Path, tmp_path: Path, number: signal.Signals
@@ -280,15 +287,14 @@ def test_a_run_that_is_ended_leaves_its_pages_and_goes_on_with_the_others(
     _, expected = script(tmp_path / "a.tif", "--pictures", "none")
     predictions = tmp_path / "cut" / "predictions.json"
     options = [tmp_path / "a.tif", "--out", predictions.parent, "--pictures", "none"]
-    line = ["-m", "dfine.predict", "--checkpoint", best, "--threshold", 0, "--dedupe", 1, "--workers", 1, *options]
-    process = subprocess.Popen(
-        [sys.executable, *map(str, line)], cwd=ROOT, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    line = ["predict", "--checkpoint", best, "--threshold", 0, "--dedupe", 1, "--workers", 1, *options]
+    (process,) = launch(predicting, list(map(str, line)), tmp_path / "errors", count=1)
     while not predictions.exists() or predictions.stat().st_size < 10:
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.002)
-    process.send_signal(number)
-    assert b"Traceback" not in process.communicate(timeout=60)[1]
+    os.kill(process.pid, number)
+    assert ends([process]) == [-number if number == signal.SIGKILL else 130]
+    assert "Traceback" not in (tmp_path / "errors").read_text()
     cut = json.loads(predictions.read_text())
     assert 1 <= len(cut) < 32
     assert cut == expected[: len(cut)]

@@ -170,7 +170,8 @@ def load(checkpoint: str | Path, device: str | torch.device | None = None, fast:
             name on the Hugging Face hub such as "docling-project/docling-layout-egret-medium"; or an ONNX file of
             `python -m dfine.export`, which runs without torch's model.
         device: such as "cuda"; None: a GPU if there is one.
-        fast: half precision, and compiled on a GPU: for many pages (see `DFine.deploy`). Not of an ONNX file.
+        fast: half precision, but not on a CPU where that is slower, and compiled on a GPU: for many pages (see
+            `DFine.deploy`). Not of an ONNX file.
     Raises:
         CheckpointError: not a checkpoint. ConfigError: its config is of another version, or an ONNX file shall be fast.
     """

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfine.boxes import cxcywh_to_xyxy, full_precision, logit
+from dfine.boxes import cxcywh_to_xyxy, full_precision, logit, multiplies_bf16
 from dfine.config import ModelConfig
 from dfine.model.backbone import Backbone, repeated
 from dfine.model.decoder import Decoder, DecoderLayer, class_head
@@ -148,9 +148,9 @@ class DFine(nn.Module):
         stay the same up to rounding.
 
         Args:
-            fast: also half precision (bf16 autocast), channels-last memory and, on a GPU, compilation (see
-                `compile_parts`): what we recommend on GPUs, and on CPUs that multiply bf16. Answers differ in the third
-                digit. The model must be on its device; the first pages are slow where it compiles.
+            fast: also channels-last memory; half precision (bf16 autocast), but not on a CPU where that is slower (see
+                `multiplies_bf16`); and on a GPU compilation (see `compile_parts`). In half precision answers differ in
+                the third digit. The model must be on its device; the first pages are slow where it compiles.
         """
         self.eval()
         for module in self.modules():
@@ -161,15 +161,16 @@ class DFine(nn.Module):
                 module.merge()
         self.backbone.merge()
         if fast:
-            device = self.mean.device.type
             self.to(memory_format=torch.channels_last)
+        if fast and multiplies_bf16(self.mean.device):
             kept = {layer for module in self.modules() if isinstance(module, FullPrecision) for layer in module}
             for module in self.modules():
                 if isinstance(module, nn.Conv2d | nn.Linear | nn.MultiheadAttention) and module not in kept:
                     module.bfloat16()  # once, not in every forward pass
-            self.forward = torch.autocast(device, torch.bfloat16)(self.forward)  # type: ignore[method-assign]
-            if device == "cuda":
-                self.compile_parts()
+            precision = torch.autocast(self.mean.device.type, torch.bfloat16)
+            self.forward = precision(self.forward)  # type: ignore[method-assign]
+        if fast and self.mean.device.type == "cuda":
+            self.compile_parts()
         return self
 
     def compile_parts(self) -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dfine import distributed
+from dfine.boxes import multiplies_bf16
 from dfine.checkpoints.loading import initialise
 from dfine.checkpoints.ours import bare_model
 from dfine.config import Config, ConfigError, TrainConfig
@@ -96,10 +97,8 @@ def replicated(module: nn.Module, device: torch.device) -> nn.Module:
 
 def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
     """bf16 as configured for this device; what needs more (boxes, softmax, losses) raises itself to fp32."""
-    # Without such instructions bf16 is slower than fp32. (What mkldnn calls support is AVX-512 without them, too.)
-    multiplies = torch.cpu._is_avx512_bf16_supported()  # so do CPUs with amx_bf16
-    enabled = config.bf16 if device.type == "cuda" else config.bf16_cpu and multiplies
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    asked = config.bf16 if device.type == "cuda" else config.bf16_cpu
+    return torch.autocast(device.type, torch.bfloat16, enabled=asked and multiplies_bf16(device))
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from tiny import tiny_config
+
+from dfine.config import Config, DataConfig, PagesConfig
 
 CATEGORIES = [
     {"id": 7, "name": "figure"},
@@ -34,3 +37,19 @@ def write(
     content = {"images": images, "annotations": annotations, "categories": categories}
     (folder / "pages.json").write_text(json.dumps(content), encoding="utf-8")
     return folder / "images", folder / "pages.json"
+
+
+def five_pages(folder: Path) -> PagesConfig:
+    """Pages of three shapes, whose ids are not in order."""
+    shapes = {9: (90, 120), 0: (120, 90), 4: (90, 120), 2: (60, 60), 7: (90, 120)}
+    entries = [image(image_id, *size) for image_id, size in shapes.items()]
+    images, annotations = write(folder, entries, [annotation(9, [5, 5, 40, 30], 3)])
+    return PagesConfig(images=str(images), annotations=str(annotations))
+
+
+def evaluated(pages: PagesConfig, batch_size: int = 2) -> Config:
+    """A config by which a tiny model is evaluated on these pages."""
+    data = DataConfig(
+        val=pages, batch_size=batch_size, workers=0, short_edges=(64,), eval_short_edge=64, max_long_edge=96
+    )
+    return Config(model=tiny_config(), data=data)

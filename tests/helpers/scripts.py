@@ -19,7 +19,7 @@ from dfine.checkpoints import ours
 ROOT = Path(__file__).parents[2]
 TINY = {
     "model": {
-        "backbone": {"name": "resnet10t", "pretrained": False},
+        "backbone": {"name": "test_resnet", "pretrained": False},
         "hidden_dim": 32,
         "encoder": {"feedforward_dim": 32, "depth_mult": 0.34, "expansion": 0.5},
         "decoder": {"layers": 2, "feedforward_dim": 32, "queries": 20},
@@ -32,7 +32,7 @@ TINY = {
         "eval_short_edge": 64,
         "max_long_edge": 128,
     },
-    "train": {"epochs": 2, "warmup": 0.1, "save_every": 1, "eval_every": 0, "threads": 1},
+    "train": {"epochs": 2, "warmup": 0.1, "save_every": 0, "eval_every": 0, "threads": 1},
 }
 
 

@@ -1,4 +1,4 @@
-"""COCO metrics one can trust, and the script that reports them."""
+"""COCO metrics one can trust."""
 
 import copy
 from pathlib import Path
@@ -7,20 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from coco_folder import CATEGORIES, annotation, image, write
+from coco_folder import CATEGORIES, annotation, evaluated, five_pages, image, write
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from tiny import shaken, tiny_config, tiny_model
+from tiny import shaken, tiny_model
 
 from dfine import distributed
-from dfine.config import Config, DataConfig, PagesConfig
+from dfine.config import PagesConfig
 from dfine.data.batches import evaluation_loader
 from dfine.data.sources import CocoPages, read_coco
 from dfine.inference.evaluation import OFFICIAL, coco_metrics, coco_results, evaluate, find, table
 from dfine.model.detector import DFine
 from dfine.structures import Detections
-
-ROOT = Path(__file__).parents[1]
 
 
 def truth(tmp_path: Path, annotations: list[dict[str, Any]], pages: int = 2) -> dict[str, Any]:
@@ -164,7 +162,7 @@ def test_scores_that_differ_by_a_millionth_are_told_apart() -> None:
 
 def test_on_a_cpu_pages_are_evaluated_in_full_precision_whatever_a_gpu_would_do(pages: PagesConfig) -> None:
     source = CocoPages(pages.images, pages.annotations)
-    loader = evaluation_loader(source, settings(pages))
+    loader = evaluation_loader(source, evaluated(pages))
     assert find(model(), loader, source, bf16=True) == find(model(), loader, source, bf16=False)
 
 
@@ -184,18 +182,7 @@ def test_the_table_shows_all_classes_and_a_dash_where_there_is_no_truth(tmp_path
 
 @pytest.fixture
 def pages(tmp_path: Path) -> PagesConfig:
-    """Five pages of three shapes, whose ids are not in order."""
-    shapes = {9: (90, 120), 0: (120, 90), 4: (90, 120), 2: (60, 60), 7: (90, 120)}
-    entries = [image(image_id, *size) for image_id, size in shapes.items()]
-    images, annotations = write(tmp_path / "pages", entries, [annotation(9, [5, 5, 40, 30], 3)])
-    return PagesConfig(images=str(images), annotations=str(annotations))
-
-
-def settings(pages: PagesConfig, batch_size: int = 2) -> Config:
-    data = DataConfig(
-        val=pages, batch_size=batch_size, workers=0, short_edges=(64,), eval_short_edge=64, max_long_edge=96
-    )
-    return Config(model=tiny_config(), data=data)
+    return five_pages(tmp_path / "pages")
 
 
 def model() -> DFine:
@@ -205,7 +192,7 @@ def model() -> DFine:
 def test_every_page_is_found_on_once_in_the_order_of_the_json_whatever_the_batches(pages: PagesConfig) -> None:
     source = CocoPages(pages.images, pages.annotations)
     by_size = [
-        find(model(), evaluation_loader(source, settings(pages, size)), source) for size in (1, 2)
+        find(model(), evaluation_loader(source, evaluated(pages, size)), source) for size in (1, 2)
     ]  # 8 queries of 3 classes: 24 detections a page
     for results in by_size:
         assert [r["image_id"] for r in results] == [i for i in (9, 0, 4, 2, 7) for _ in range(24)]
@@ -220,7 +207,7 @@ def test_every_page_is_found_on_once_in_the_order_of_the_json_whatever_the_batch
 
 def test_the_number_of_processes_makes_no_difference(pages: PagesConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     source = CocoPages(pages.images, pages.annotations)
-    alone = find(model(), evaluation_loader(source, settings(pages)), source)
+    alone = find(model(), evaluation_loader(source, evaluated(pages)), source)
     shares: list[Any] = []
 
     def gather(share: Any) -> list[Any]:
@@ -232,7 +219,7 @@ def test_the_number_of_processes_makes_no_difference(pages: PagesConfig, monkeyp
     by_rank = {}
     for rank in (1, 0):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        by_rank[rank] = find(model(), evaluation_loader(source, settings(pages)), source)
+        by_rank[rank] = find(model(), evaluation_loader(source, evaluated(pages)), source)
     assert sorted(image_id for share in shares for image_id in share) == sorted(source.ids)  # each page in one share
     assert by_rank == {1: [], 0: alone}
 
@@ -243,7 +230,4 @@ def test_a_detection_that_is_not_finite_is_an_error_and_names_the_image(pages: P
     with torch.no_grad():
         broken.mean.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="image 9: a detection is not finite"):
-        evaluate(broken, evaluation_loader(source, settings(pages)), source)
-
-
-# evaluate.py
+        evaluate(broken, evaluation_loader(source, evaluated(pages)), source)

@@ -618,11 +618,20 @@ def test_a_deployed_repvgg_block_is_one_convolution():
         assert [type(module) for module in block.modules() if isinstance(module, nn.Conv2d)] == [nn.Conv2d]
 
 
-def test_deployed_in_half_precision_it_answers_nearly_the_same():
+@pytest.mark.parametrize(("multiplies", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_deployed_fast_it_is_in_half_precision_where_that_is_faster_and_answers_nearly_the_same(
+    multiplies: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
     """Every cell is a query, in whatever order: bf16 ranks them otherwise."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: multiplies)
     model = settled(queries=8 * 12 + 4 * 6 + 2 * 3)
+    fast, computed = copy.deepcopy(model).deploy(fast=True), []
+    fast.decoder.layers[0].feedforward.register_forward_hook(lambda module, x, y: computed.append(y.dtype))
     with torch.no_grad():
-        expected, answer = model(pages()), copy.deepcopy(model).deploy(fast=True)(pages())
+        expected, answer = model(pages()), fast(pages())
+    assert computed == [dtype]
+    assert fast.decoder.layers[0].feedforward[0].weight.dtype == dtype
+    assert fast.backbone.body.stem_0.weight.is_contiguous(memory_format=torch.channels_last)
     assert answer.refined.logits.dtype == answer.refined.boxes.dtype == torch.float32
     ours, theirs = (gather(torch.cat(x.refined[:2], -1)[0], x.queries.cells.argsort(1)) for x in (answer, expected))
     torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0.05)

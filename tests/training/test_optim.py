@@ -20,9 +20,10 @@ def test_the_average_is_timms_though_it_lists_the_tensors_only_once():
         model(torch.rand(1, 3, 64, 64))  # moves the running statistics and their counters
         for average in (ours, timms):
             average.update(model, step)
-    assert ours.module.state_dict().keys() == timms.module.state_dict().keys()
-    for name, value in timms.module.state_dict().items():
-        assert torch.equal(ours.module.state_dict()[name], value), name
+    got, expected = ours.module.state_dict(), timms.module.state_dict()
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
 
 
 def test_the_average_goes_on_from_loaded_weights():

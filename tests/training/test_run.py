@@ -39,7 +39,7 @@ def test_a_run_stopped_in_mid_epoch_and_resumed_equals_the_uninterrupted_one(
 
 
 def test_accumulated_steps_and_muon_resume_exactly_too(config: Path, tmp_path: Path) -> None:
-    own = ("train.accumulate=2", "train.muon_factor=10", "model.backbone.name=test_resnet")
+    own = ("train.accumulate=2", "train.muon_factor=10")
     train(config, tmp_path / "whole", *own)
     train(config, tmp_path / "parts", *own, "train.max_steps=3")
     train(config, tmp_path / "parts", *own, "--resume")
@@ -50,7 +50,7 @@ def test_a_truncated_checkpoint_is_named_and_the_previous_one_used(
     config: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    train(config, run, "train.max_steps=5")
+    train(config, run, "train.max_steps=5", "train.save_every=1")
     whole = (run / "last.pt").read_bytes()
     (run / "last.pt").write_bytes(whole[: len(whole) // 2])
     capsys.readouterr()
@@ -189,20 +189,20 @@ def test_a_killed_run_goes_on_from_the_last_saved_step(config: Path, uninterrupt
 def test_a_signal_that_comes_again_does_not_cut_the_saving_short(
     config: Path, tmp_path: Path, numbers: tuple[signal.Signals, ...]
 ) -> None:
-    own = ("train.save_every=0",)
-    (process,) = launch(stopped, config, tmp_path, own, signalled_and_again_while_saving, numbers, count=1)
+    (process,) = launch(stopped, config, tmp_path, (), signalled_and_again_while_saving, numbers, count=1)
     assert ends([process]) == [0]
     assert state(tmp_path)["step"] == 2
 
 
 def test_a_second_ctrl_c_some_seconds_later_ends_a_run_at_once(config: Path, tmp_path: Path) -> None:
-    assert ends(launch(stopped, config, tmp_path, (), told_twice_to_stop, count=1)) == [-signal.SIGINT]
+    own = ("train.save_every=1",)
+    assert ends(launch(stopped, config, tmp_path, own, told_twice_to_stop, count=1)) == [-signal.SIGINT]
     assert state(tmp_path)["step"] == 1
 
 
 @pytest.mark.parametrize("step", [2, 4], ids=["in mid epoch", "in the last step of an epoch"])
 def test_a_run_that_loses_a_worker_is_saved_and_says_so(config: Path, tmp_path: Path, step: int) -> None:
-    own = ("data.batch_size=1", "data.workers=1", "train.save_every=0")
+    own = ("data.batch_size=1", "data.workers=1")
     processes = launch(failing, tmp_path / "error", config, tmp_path / "run", own, losing_a_worker, step, 1)
     assert ends(processes) == [0, 1]
     said = (tmp_path / "error").read_text()
@@ -243,7 +243,7 @@ def orphaned(config: Path, run: Path) -> None:
     if os.fork() == 0:
         os.environ["TORCHELASTIC_RUN_ID"] = "any"
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        train(config, run, "train.epochs=100000", "train.eval_every=100000", "data.workers=1")
+        train(config, run, "train.epochs=100000", "train.eval_every=100000", "train.save_every=1", "data.workers=1")
         os._exit(0)
     os.wait()
 
@@ -266,7 +266,7 @@ def test_a_run_whose_torchrun_is_killed_saves_and_ends(config: Path, tmp_path: P
 def test_a_resumed_run_needs_neither_the_weights_it_started_from_nor_timms(
     config: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    backbone = timm.create_model("resnet10t", pretrained=False)
+    backbone = timm.create_model("test_resnet", pretrained=False)
     torch.save(backbone.state_dict(), tmp_path / "timm.pt")
     (tmp_path / "start.pt").write_bytes((uninterrupted / "best.pt").read_bytes())
     origin = ["model.backbone.pretrained=true", f"model.backbone.weights={tmp_path / 'timm.pt'}"]
