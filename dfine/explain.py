@@ -86,7 +86,7 @@ def look(model: DFine, data: DataConfig, page: np.ndarray) -> Seen:
     points: list[Tensor] = []
 
     def selected(selection: Any, args: Any, answer: Any) -> None:
-        memory, shapes, sizes = args
+        memory, shapes, sizes, _ = args
         anchors.append(gather(selection.anchors(shapes, sizes, memory)[0], answer[1].cells))
 
     def attended(attention: Any, args: Any, _: Any) -> None:
