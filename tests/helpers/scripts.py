@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import skip_where_groups_hang
 
 import train as train_script
 from dfine.checkpoints import ours
@@ -74,6 +75,7 @@ def start(script: str, *arguments: str, processes: int = 1) -> subprocess.Popen[
     """A script in processes of its own."""
     line = [sys.executable]
     if processes > 1:
+        skip_where_groups_hang()
         line += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     line += [str(ROOT / script), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

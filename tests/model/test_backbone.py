@@ -94,7 +94,11 @@ def test_a_plain_transformer_has_the_map_of_its_last_block_for_pages_of_any_shap
     [
         ("eva02_tiny_patch14_224", (8, 16, 32), r"model\.backbone\.name: eva02_tiny_patch14_224 has stride 14 alone"),
         ("test_vit", (16, 32, 64), r"model\.strides: test_vit has stride 16 alone; a pyramid .* but not \[64\]"),
-        ("test_vit_relpos", (8, 16, 32), r"timm's test_vit_relpos takes pages of one size alone"),
+        (
+            "vit_relpos_small_patch16_224",
+            (8, 16, 32),
+            r"timm's vit_relpos_small_patch16_224 takes pages of one size alone",
+        ),
     ],
 )
 def test_plain_transformers_that_cannot_serve_are_refused(name: str, strides: tuple[int, ...], message: str):
