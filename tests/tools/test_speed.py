@@ -1,0 +1,26 @@
+"""The table of speeds has a line for each way of running a model."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="needs the extra `bench`")
+pytest.importorskip("onnxruntime", reason="needs the extra `export`")
+
+from dfine.tools import speed
+
+TINY = (
+    "model.backbone={name: test_convnext, pretrained: false}",
+    "model.hidden_dim=32",
+    "model.encoder={heads: 4, feedforward_dim: 32, depth_mult: 0.34, expansion: 0.5}",
+    "model.decoder={heads: 4, feedforward_dim: 32, layers: 2, queries: 20}",
+)
+
+
+def test_every_way_is_timed_on_one_page_and_on_eight_beside_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(speed.MODELS, "tiny", speed.Entry(overrides=TINY, size=(64, 96)))
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in speed.rows("tiny", [1], repeats=1)]
+    assert [line[4] for line in lines] == ["eager", "deploy()", "deploy(fast=True)", "onnxruntime", speed.PEER]
+    assert all(line[:4] == ["tiny, 64x96", *lines[0][1:3], "1"] and len(line) == 9 for line in lines)
+    assert all(float(number) > 0 for line in lines for number in line[5:])
+    assert lines[-1][6] == lines[-1][8] == "1.00"
