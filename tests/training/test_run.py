@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import pytest
 import timm
 import torch
-from processes import ends, gone, launch
+from processes import ends, gone, launch, skip_where_groups_hang
 from scripts import evaluations, pages, same, state, train
 
 from dfine import distributed
@@ -249,6 +249,7 @@ def orphaned(config: Path, run: Path) -> None:
 
 
 def test_a_run_whose_torchrun_is_killed_saves_and_ends(config: Path, tmp_path: Path) -> None:
+    skip_where_groups_hang()
     run = tmp_path / "run"
     (torchrun,) = launch(orphaned, config, run, count=1)
     while not (run / "last.pt").exists():
