@@ -13,7 +13,7 @@ from dfine.checkpoints.loading import load_teacher
 from dfine.data.batches import evaluation_loader, train_loader
 from dfine.data.sources import open_source
 from dfine.distributed import say
-from dfine.losses.criterion import criterion
+from dfine.losses.criterion import criterion, scheduled
 from dfine.losses.distillation import active, answered, asked, distillation, memory_projection
 from dfine.model.denoising import freshly_noised
 from dfine.structures import Batch
@@ -49,11 +49,11 @@ def main() -> None:
 
     def losses_of(batch: Batch) -> dict[str, torch.Tensor]:
         noised = freshly_noised(batch.targets, model.classes, settings.model.denoising)
-        weights = active(settings.distill, run.step / run.epoch_steps)
+        weights = active(settings.distill, run.epoch)
         with engine.autocast(device, settings.train):
             taught = asked(teacher, batch, noised, weights)
             output = answered(replica, projected, batch, noised, taught, weights)
-        losses = criterion(output, batch.targets, model.decoder.w, settings.loss)
+        losses = criterion(output, batch.targets, model.decoder.w, scheduled(settings.loss, run.epoch))
         losses = {name: settings.distill.beta * loss for name, loss in losses.items()}
         if taught:
             w = (model.decoder.w, teacher.decoder.w)

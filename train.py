@@ -9,7 +9,7 @@ from dfine import config, distributed
 from dfine.data.batches import evaluation_loader, train_loader
 from dfine.data.sources import open_source
 from dfine.distributed import say
-from dfine.losses.criterion import criterion
+from dfine.losses.criterion import criterion, scheduled
 from dfine.model.denoising import freshly_noised
 from dfine.structures import Batch
 from dfine.training import engine
@@ -46,7 +46,7 @@ def main() -> None:
         noised = freshly_noised(batch.targets, model.classes, settings.model.denoising)
         with engine.autocast(device, settings.train):
             output = replica(batch.images, batch.sizes, noised)
-        return criterion(output, batch.targets, model.decoder.w, settings.loss)
+        return criterion(output, batch.targets, model.decoder.w, scheduled(settings.loss, run.epoch))
 
     while not run.done:
         for _ in engine.train_epoch(run, batches, sampler, losses_of):

@@ -10,6 +10,7 @@ import argparse
 import base64
 import io
 import json
+import math
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,7 +31,7 @@ from dfine.inference.documents import list_pages, read
 from dfine.inference.evaluation import finite
 from dfine.inference.pages import DEDUPE
 from dfine.inference.results import truth_of
-from dfine.losses.criterion import Normalisers, Truth, stack, supervise
+from dfine.losses.criterion import Normalisers, Truth, scheduled, stack, supervise
 from dfine.losses.golsd import union
 from dfine.losses.matcher import match
 from dfine.model.deformable_attention import DeformableAttention
@@ -135,7 +136,7 @@ def explained(
     best = [q for q in scores[-1].argsort(descending=True).tolist() if scores[-1, q] > 0]
     if not best:
         raise PageError(f"{file}: no cell of the model's maps lies on the page")
-    verdicts = None if target is None else judged(output, heads, target, w, config.loss)
+    verdicts = None if target is None else judged(output, heads, target, w, scheduled(config.loss, math.inf))
     queries = [
         {
             "query": q,

@@ -261,6 +261,7 @@ def test_a_missing_file_is_named(tmp_path: Path):
         ("data.augment.elastic_sigma", "1", "4 or more"),
         ("data.augment.rotation_degrees", "0", "positive (its p turns it off)"),
         ("loss.matcher.encoder_queries", "0", "1 or more"),
+        ("loss.matcher.encoder_queries_end_epoch", "-1", "0 or more"),
         ("train.muon_factor", "-1", "0 or more"),
         ("train.epochs", "0", "1 or more"),
         ("train.seed", "-1", "from 0 to below 2**64"),

@@ -69,6 +69,11 @@ class Run:
         self.board: SummaryWriter | None = None
 
     @property
+    def epoch(self) -> float:
+        """Epochs done, fractions included."""
+        return self.step / self.epoch_steps
+
+    @property
     def last_step(self) -> int:
         """Where the run ends; the schedule spans all epochs all the same."""
         steps = self.config.train.epochs * self.epoch_steps
@@ -229,7 +234,7 @@ class Run:
             ConfigError: the folder cannot be written to. CheckpointError: nor can best.pt.
         """
         say(f"step {self.step}\n{table(found)}")
-        line = {"step": self.step, "epoch": self.step / self.epoch_steps, **found}
+        line = {"step": self.step, "epoch": self.epoch, **found}
         line["train"] = metrics.summary(self.since_evaluation)
         try:
             self.draw(found, self.since_evaluation, pages)

@@ -14,7 +14,7 @@ from torch import Tensor
 from dfine import distributed
 from dfine.boxes import iou, xyxy_to_cxcywh
 from dfine.config import LossConfig, MatcherConfig
-from dfine.losses.criterion import criterion
+from dfine.losses.criterion import criterion, scheduled
 from dfine.model.denoising import denoising_matches
 from dfine.model.detector import detect
 from dfine.model.fdr import encode, weighting_function
@@ -43,6 +43,14 @@ def close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 
 # The terms
+
+
+@pytest.mark.parametrize(("end", "epoch", "queries"), [(0, 9, 4), (0.5, 0.4, 4), (0.5, 0.5, 1), (0.5, 2, 1)])
+def test_encoder_queries_end_in_their_epoch_if_they_have_one(end: float, epoch: float, queries: int):
+    config = LossConfig(vfl=2, matcher=MatcherConfig(l1=3, encoder_queries=4, encoder_queries_end_epoch=end))
+    now = scheduled(config, epoch)
+    assert now.matcher == config.matcher.model_copy(update={"encoder_queries": queries})
+    assert now.model_copy(update={"matcher": config.matcher}) == config
 
 
 def test_every_head_has_its_terms():

@@ -46,6 +46,16 @@ def test_accumulated_steps_and_muon_resume_exactly_too(config: Path, tmp_path: P
     assert same(state(tmp_path / "parts"), state(tmp_path / "whole"))
 
 
+def test_after_their_last_epoch_more_queries_a_box_are_one(config: Path, tmp_path: Path) -> None:
+    several = ("loss.matcher.encoder_queries=3", "train.epochs=2")
+    train(config, tmp_path / "own", *several, "loss.matcher.encoder_queries_end_epoch=1")
+    train(config, tmp_path / "by hand", *several, "train.max_steps=4")
+    train(config, tmp_path / "by hand", "train.epochs=2", "--resume")
+    assert same(state(tmp_path / "own"), state(tmp_path / "by hand"))
+    train(config, tmp_path / "never", *several)
+    assert not same(state(tmp_path / "own"), state(tmp_path / "never"))
+
+
 def test_a_truncated_checkpoint_is_named_and_the_previous_one_used(
     config: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
