@@ -122,7 +122,7 @@ class MatcherConfig(Section):
     # shows that head more of what it must select, and by the union all heads more boxes: it saves steps from random
     # weights.
     encoder_queries: Count = 1
-    # Epochs, fractions included, after which it is 1 all the same: to the end it teaches to double boxes. 0: it stays.
+    # Epochs, fractions included, after which it is 1 again, since more teach the model to double boxes. 0: it stays.
     encoder_queries_end_epoch: NonNegative = 0.0
 
 

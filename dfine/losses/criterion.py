@@ -84,10 +84,9 @@ def criterion(output: DFineOutput, targets: list[Target], w: Tensor, config: Los
 
 def scheduled(config: LossConfig, epoch: float) -> LossConfig:
     """The config as it is after so many epochs, fractions included: `encoder_queries` is 1 from its end on."""
-    matcher, end = config.matcher, config.matcher.encoder_queries_end_epoch
-    if not 0 < end <= epoch:
+    if not 0 < config.matcher.encoder_queries_end_epoch <= epoch:
         return config
-    return config.model_copy(update={"matcher": matcher.model_copy(update={"encoder_queries": 1})})
+    return config.model_copy(update={"matcher": config.matcher.model_copy(update={"encoder_queries": 1})})
 
 
 def supervise(
