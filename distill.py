@@ -41,7 +41,7 @@ def main() -> None:
     model = engine.build(settings, train_pages.categories, device, resumed)
     teacher = load_teacher(settings, arguments.config, train_pages.categories)
     teacher.to(device).to(memory_format=torch.channels_last)
-    projection = memory_projection(model, teacher).to(device) if settings.distill.memory.weight else None
+    projection = memory_projection(model, teacher).to(device) if "memory" in active(settings.distill, 0) else None
     run = Run(settings, train_pages.categories, model, device, len(sampler) // settings.train.accumulate, projection)
     run.open(arguments.resume)
     replica = engine.parallel(model, settings.train, device, settings.data.batch_size)

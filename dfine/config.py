@@ -160,7 +160,7 @@ class CellsDistillConfig(Section):
 
 
 class MemoryDistillConfig(Section):
-    weight: NonNegative = 0.0  # 2 is worth a trial
+    weight: NonNegative = 2.0  # squared distance at every memory cell, as far as the teacher trusts it
     end_epoch: NonNegative = 0.0  # it fades linearly until then; 0: it stays
 
 

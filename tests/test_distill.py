@@ -184,7 +184,7 @@ def test_the_teacher_stays_as_it_is_and_beta_weighs_the_truth(
     logged = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["train"]
     assert logged["vfl"] == logged["l1_denoising"] == 0
     assert logged["loss"] == pytest.approx(
-        sum(logged[f"distill_{term}"] for term in ("class", "box", "go_lsd", "cell_class"))
+        sum(logged[f"distill_{term}"] for term in ("class", "box", "go_lsd", "cell_class", "memory"))
     )
 
 

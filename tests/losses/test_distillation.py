@@ -281,12 +281,13 @@ def test_every_term_has_its_weight_times_alpha():
         boxes=BoxDistillConfig(weight=3),
         go_lsd=GoLsdConfig(weight=4),
     )
-    assert active(config, epoch=0) == {"class": 1, "box": 1.5, "go_lsd": 2, "cell_class": 0.5}
+    assert active(config, epoch=0) == {"class": 1, "box": 1.5, "go_lsd": 2, "cell_class": 0.5, "memory": 1}
 
 
 def test_terms_without_weight_are_left_out():
     assert active(DistillConfig(alpha=0), epoch=0) == {}
-    assert active(DistillConfig(boxes=BoxDistillConfig(weight=0)), epoch=0).keys() == {"class", "go_lsd", "cell_class"}
+    without_boxes = DistillConfig(boxes=BoxDistillConfig(weight=0))
+    assert active(without_boxes, epoch=0).keys() == {"class", "go_lsd", "cell_class", "memory"}
 
 
 def test_go_lsd_waits_for_its_epoch():
@@ -295,7 +296,9 @@ def test_go_lsd_waits_for_its_epoch():
 
 
 def test_shared_and_denoising_weigh_the_three_terms_of_their_queries():
-    config = DistillConfig(shared=0.5, denoising=2, cells=CellsDistillConfig(classes=0))
+    config = DistillConfig(
+        shared=0.5, denoising=2, cells=CellsDistillConfig(classes=0), memory=MemoryDistillConfig(weight=0)
+    )
     once = {"class": 1, "box": 5, "go_lsd": 1.5}
     expected = {term: 0.5 * weight for term, weight in once.items()}
     assert active(config, epoch=0) == expected | {f"{term}_denoising": 2 * weight for term, weight in once.items()}
@@ -523,7 +526,7 @@ def test_what_is_not_compared_is_not_computed(monkeypatch: pytest.MonkeyPatch):
     calls = []
     decoder = student.decoder.forward
     monkeypatch.setattr(student.decoder, "forward", lambda *a, **k: calls.append("decoder") or decoder(*a, **k))
-    queries_alone = DistillConfig(cells=CellsDistillConfig(classes=0))
+    queries_alone = DistillConfig(cells=CellsDistillConfig(classes=0), memory=MemoryDistillConfig(weight=0))
     for config, passes in ((queries_alone, 2), (WHOLE, 2), (WHOLE.model_copy(update={"shared": 0.0}), 1)):
         calls.clear()
         output, taught = both(student, teacher, config)
