@@ -252,7 +252,7 @@ class TrainConfig(Section):
     bf16: bool = True  # autocast on a GPU; boxes, softmax and losses stay in fp32
     bf16_cpu: bool = False  # train so on CPUs too that multiply bf16 (avx512_bf16, amx_bf16); others stay in fp32
     compile: bool = False
-    threads: Whole = 0  # CPU threads per process; 0: torch's choice
+    threads: Whole = 0  # CPU threads per process, at most one a core; 0: torch's choice
 
 
 class Config(Section):

@@ -32,7 +32,7 @@ Losses = Callable[[Batch], dict[str, Tensor]]
 def prepare(config: Config) -> None:
     """Seeds and threads of this process."""
     if config.train.threads:
-        torch.set_num_threads(config.train.threads)
+        torch.set_num_threads(min(config.train.threads, distributed.cores()))
     torch.manual_seed(config.train.seed)  # the same in every process: all start from the same weights
 
 

@@ -131,3 +131,14 @@ def test_every_step_has_the_learning_rate_of_the_schedule(at: int) -> None:
 def test_the_padded_share_is_that_of_the_pixels() -> None:
     batch = Batch(torch.zeros(2, 3, 10, 20), torch.tensor([[10, 10], [5, 20]]), [])
     assert engine.padded_share(batch) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(1, 1), (4, 2)])
+def test_a_process_has_no_more_threads_than_cores(cores: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "cores", lambda: cores)
+    before = torch.get_num_threads()
+    try:
+        engine.prepare(Config(train=TrainConfig(threads=2)))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
