@@ -37,9 +37,12 @@ class Batch(NamedTuple):
     targets: list[Target]
 
     def to(self, device: torch.device) -> "Batch":
-        """Without waiting for a GPU, if the batch lies in pinned memory, where a loader puts it."""
-        images, sizes = self.images.to(device, non_blocking=True), self.sizes.to(device, non_blocking=True)
-        return Batch(images, sizes, [target.to(device) for target in self.targets])
+        """Without waiting for a GPU, if the batch lies in pinned memory, where a loader puts it.
+
+        The sizes stay on the CPU: in evaluation mode, as a teacher is, the model groups the pages by them.
+        """
+        images = self.images.to(device, non_blocking=True)
+        return Batch(images, self.sizes, [target.to(device) for target in self.targets])
 
 
 class Prediction(NamedTuple):
