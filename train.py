@@ -44,8 +44,9 @@ def main() -> None:
 
     def losses_of(batch: Batch) -> dict[str, torch.Tensor]:
         noised = freshly_noised(batch.targets, model.classes, settings.model.denoising)
+        sizes = batch.sizes.to(device, non_blocking=True)  # of what is on the CPU, DDP would wait for the copy
         with engine.autocast(device, settings.train):
-            output = replica(batch.images, batch.sizes, noised)
+            output = replica(batch.images, sizes, noised)
         return criterion(output, batch.targets, model.decoder.w, scheduled(settings.loss, run.epoch))
 
     while not run.done:

@@ -87,7 +87,8 @@ def answered(
         projection: see `memory_projection`; its output is the memory of the cells.
     """
     shared = taught.queries if taught and weights.keys() & SHARED else None
-    output = student(batch.images, batch.sizes, noised, shared, dense=bool(weights.keys() & CELLS))
+    sizes = batch.sizes.to(batch.images.device, non_blocking=True)  # of what is on the CPU, DDP would wait for the copy
+    output = student(batch.images, sizes, noised, shared, dense=bool(weights.keys() & CELLS))
     if "memory" in weights:
         output = output._replace(cells=output.cells._replace(memory=projection(output.cells.memory)))
     return output

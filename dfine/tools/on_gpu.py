@@ -94,9 +94,9 @@ def answer(
     noise = freshly_noised(batch.targets, model.classes, settings.model.denoising)  # drawn on the CPU, for both
     assert noise is not None
     noise = noise._replace(labels=noise.labels.to(device), boxes=noise.boxes.to(device))
-    model, sizes, batch = copy.deepcopy(model).to(device), batch.sizes, batch.to(device)
+    model, batch = copy.deepcopy(model).to(device), batch.to(device)
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=half):
-        found = detect(model.eval()(batch.images, sizes), [t.size for t in batch.targets], top=20)
+        found = detect(model.eval()(batch.images, batch.sizes), [t.size for t in batch.targets], top=20)
         output = model.train()(batch.images, batch.sizes, noise)
     terms = criterion(output, batch.targets, model.decoder.w, settings.loss)
     return {k: v.sum().item() for k, v in terms.items()}, [Detections(*(x.cpu() for x in page)) for page in found]
