@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from recorded import Deviation, Golden
+from recorded import Golden
 from scripts import TINY, pages, train
 from torch import Tensor
 
 SHIPPED = Path(__file__).parent / "golden"
 HAS_GPU = torch.cuda.is_available()
-DEVIATIONS = pytest.StashKey[dict[str, Deviation]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,7 +26,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)  # tiny tensors gain nothing from more, and wait long for them on a busy machine
-    config.stash[DEVIATIONS] = {}
     config.addinivalue_line("markers", "golden(files, part): runs on recorded files; part: its line in the table")
     config.addinivalue_line(
         "markers", "cuda: runs on a GPU, and is skipped where there is none; all others run on the CPU"
@@ -61,8 +59,8 @@ def golden_folder(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture
 def golden(request: pytest.FixtureRequest, golden_folder: Path) -> Iterator[Golden]:
     """The recorded file of this run of a marked test."""
-    part, test = request.node.get_closest_marker("golden").args[1], request.node.originalname
-    file = Golden(golden_folder / request.param, part, test, request.config.stash[DEVIATIONS])
+    part = request.node.get_closest_marker("golden").args[1]
+    file = Golden(golden_folder / request.param, part, request.node.user_properties)
     failed = request.session.testsfailed
     yield file
     if request.session.testsfailed == failed:
@@ -82,12 +80,16 @@ def nano_checkpoint(golden_folder: Path, tmp_path_factory: pytest.TempPathFactor
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """The table, in Markdown."""
-    deviations = config.stash[DEVIATIONS]
-    if deviations and config.option.verbose > 0:
+    worst: dict[str, tuple[float, float, str]] = {}
+    for report in terminalreporter.getreports("passed"):
+        test = report.location[2].partition("[")[0]
+        for part, *deviation in (value for name, value in report.user_properties if name == "deviation"):
+            worst[part] = max((*deviation, test), worst.get(part, (0.0, 0.0, "")))
+    if worst and config.option.verbose > 0:
         terminalreporter.section("largest deviation from the original")
         terminalreporter.line("| part | largest deviation | among numbers up to | test |\n|---|---|---|---|")
-        for part, worst in deviations.items():
-            terminalreporter.line(f"| {part} | {worst.largest:.2g} | {worst.magnitude:.2g} | `{worst.test}` |")
+        for part, (largest, magnitude, test) in worst.items():
+            terminalreporter.line(f"| {part} | {largest:.2g} | {magnitude:.2g} | `{test}` |")
 
 
 @pytest.fixture(scope="session")

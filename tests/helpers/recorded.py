@@ -5,7 +5,6 @@ expected results. Files in tests/golden/ are those of the original's recording, 
 """
 
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -19,24 +18,16 @@ from dfine.model.hybrid_encoder import ConvNorm, sincos_positions
 from dfine.structures import DFineOutput, NoisedTruth, Prediction, Refinement, Target
 
 
-class Deviation(NamedTuple):
-    """How far a part is from the original at worst."""
-
-    largest: float  # |got - expected|
-    magnitude: float  # of the largest number in that array
-    test: str
-
-
 class Golden:
     """One file of recorded arrays, read as tensors."""
 
-    def __init__(self, path: Path, part: str = "", test: str = "", deviations: dict[str, Deviation] | None = None):
-        """`deviations` keeps the largest deviation of each part; `part` and `test` say whose these are."""
+    def __init__(self, path: Path, part: str = "", properties: list[tuple[str, object]] | None = None):
+        """`properties`, such as a test's `user_properties`, keeps each `deviation` and says of which part it is."""
         if not path.exists():
             pytest.fail(f"{path} is missing")
         self.arrays = np.load(path, allow_pickle=False)
-        self.path, self.part, self.test = path, part, test
-        self.deviations = {} if deviations is None else deviations
+        self.path, self.part = path, part
+        self.properties = [] if properties is None else properties
         self.uncompared = {name for name in self.arrays.files if not name.startswith(("in.", "cfg.", "sd."))}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -79,8 +70,7 @@ class Golden:
         if where is not None:
             got, expected = got[where], expected[where]
         part = f"{self.part}: gradients" if name.startswith("grad.") else self.part
-        deviation = Deviation(*assert_close(got.detach(), expected, name), self.test)
-        self.deviations[part] = max(deviation, self.deviations.get(part, deviation))
+        self.properties.append(("deviation", (part, *assert_close(got.detach(), expected, name))))
 
 
 def assert_close(got: Tensor, expected: Tensor, name: str) -> tuple[float, float]:
