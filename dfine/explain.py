@@ -44,7 +44,7 @@ LONGEST = 1600  # pixels, of the page's picture in the file
 
 
 class Seen(NamedTuple):
-    """What the model makes of one page (B = 1), on the CPU."""
+    """What the model makes of one page (B = 1)."""
 
     output: DFineOutput  # of all heads
     anchors: Tensor  # (1, Q, 4) of the cells that the queries come from
@@ -71,7 +71,7 @@ def main() -> None:
     model, config, categories = load_model(options.checkpoint)
     if options.annotations is not None:
         target = truth_of(place, page.shape[:2], options.annotations, categories, options.checkpoint)
-    model.to("cuda" if torch.cuda.is_available() else "cpu").deploy()
+    model.deploy()
     data = explained(model, config, categories, page, str(place), target) | {"checkpoint": options.checkpoint}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(as_html(data), encoding="utf-8")
@@ -103,13 +103,8 @@ def look(model: DFine, data: DataConfig, page: np.ndarray) -> Seen:
                 stack.enter_context(module.register_forward_hook(attended))
         stack.callback(model.eval)
         model.training = model.selection.training = True  # all heads answer; what is inside stays as in evaluation
-        output = model(images.to(model.mean.device), sizes)
-    return Seen(*map(on_cpu, (output, anchors[0], torch.stack(plain), torch.stack(points))))
-
-
-def on_cpu(x: Any) -> Any:
-    """A tensor, None, or a named tuple of these, on the CPU."""
-    return x.cpu() if isinstance(x, Tensor) else x and type(x)(*map(on_cpu, x))
+        output = model(images, sizes)
+    return Seen(output, anchors[0], torch.stack(plain), torch.stack(points))
 
 
 @torch.inference_mode()
@@ -119,11 +114,11 @@ def explained(
     """What the HTML file shows, as plain values: boxes are xyxy pixels of the page, heads are in the order of time.
 
     Args:
-        model: deployed, as in `dfine.load`. page: (H, W, 3) uint8. file: its name, for people.
+        model: deployed, as in `dfine.load`, and on the CPU. page: (H, W, 3) uint8. file: its name, for people.
     Raises:
         FloatingPointError: a score, a box or a matching cost is not finite.
     """
-    seen, w, (height, width) = look(model, config.data, page), model.decoder.w.cpu(), page.shape[:2]
+    seen, w, (height, width) = look(model, config.data, page), model.decoder.w, page.shape[:2]
     finite(detect(seen.output, [(height, width)])[0], file)
     output, edge_logits = seen.output, seen.output.refined.edge_logits[:, 0]
     heads = stack(output.refined, output.initial, output.encoder)
