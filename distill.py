@@ -14,7 +14,7 @@ from dfine.data.batches import evaluation_loader, train_loader
 from dfine.data.sources import open_source
 from dfine.distributed import say
 from dfine.losses.criterion import criterion, scheduled
-from dfine.losses.distillation import active, answered, asked, distillation, memory_projection
+from dfine.losses.distillation import active, answered, asked, distillation, memory_projection, on_labelled_pages
 from dfine.model.denoising import freshly_noised
 from dfine.structures import Batch
 from dfine.training import engine
@@ -53,7 +53,8 @@ def main() -> None:
         with engine.autocast(device, settings.train):
             taught = asked(teacher, batch, noised, weights)
             output = answered(replica, projected, batch, noised, taught, weights)
-        losses = criterion(output, batch.targets, model.decoder.w, scheduled(settings.loss, run.epoch))
+        judged = on_labelled_pages(output, batch.targets) if taught else output
+        losses = criterion(judged, batch.targets, model.decoder.w, scheduled(settings.loss, run.epoch))
         losses = {name: settings.distill.beta * loss for name, loss in losses.items()}
         if taught:
             w = (model.decoder.w, teacher.decoder.w)

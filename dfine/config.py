@@ -115,7 +115,7 @@ class ModelConfig(Section):
 
 
 class MatcherConfig(Section):
-    classes: NonNegative = 2.0  # focal cost
+    classes: NonNegative = 2.0  # focal cost; with more of it a box rather stays with the query that scores it best
     l1: NonNegative = 5.0
     giou: NonNegative = 2.0
     # Queries that each box is matched to in the encoder's head. 1 is D-FINE; more (hybrid matching, arXiv 2207.13080)

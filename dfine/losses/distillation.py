@@ -9,6 +9,7 @@ KD-DETR, arXiv 2211.08071). They are compared in the same way.
 Memory cells: with the same strides, cells, anchors and page frames are the same in both models. Compared are what the
 encoder's heads say of each, which is what query selection chooses by, and the memory itself (FitNets, arXiv 1412.6550;
 weighted by what the teacher sees there). Cells that are not valid have no part.
+Pages without boxes, blank or not yet annotated, are taught by the teacher alone (`on_labelled_pages`).
 
 Others carry edge distributions from model to model too: dfine-seg 0.6.2 pairs the queries of both models through the
 boxes of the truth that they match, and bins the teacher's edges anew. It has not published what that gains.
@@ -30,7 +31,7 @@ from dfine.losses.matcher import match
 from dfine.model.denoising import denoising_matches
 from dfine.model.detector import DFine, silenced
 from dfine.model.fdr import decode, encode, soft_bins
-from dfine.structures import Batch, Cells, DFineOutput, Matches, NoisedTruth, Refinement, Target
+from dfine.structures import Batch, Cells, DFineOutput, Matches, NoisedTruth, Refinement, Target, send
 
 # The terms by what they compare.
 SHARED = ("class", "box", "go_lsd")
@@ -94,6 +95,27 @@ def answered(
     return output
 
 
+def on_labelled_pages(output: DFineOutput, targets: list[Target]) -> DFineOutput:
+    """The answers with which the truth has a say: on pages without boxes no query is real, so none learns from it."""
+    labelled = [len(target.labels) > 0 for target in targets]
+    if all(labelled):
+        return output
+    (pages,) = send([torch.tensor(labelled)], output.queries.real.device)
+    real = output.queries.real & pages[:, None]  # (B, Q)
+    return output._replace(
+        refined=silenced(output.refined, real),
+        queries=output.queries._replace(real=real),
+        initial=output.initial and silenced(output.initial, real),
+        encoder=output.encoder and silenced(output.encoder, real),
+    )
+
+
+def found_without_truth(teacher: DFineOutput, targets: list[Target]) -> int | Tensor:
+    """How many boxes the teacher finds, with a score above .5, on the pages without boxes."""
+    pages = [i for i, target in enumerate(targets) if not len(target.labels)]
+    return sum((teacher.refined.logits[-1, i].sigmoid().amax(-1) > 0.5).sum() for i in pages)
+
+
 def distillation(
     student: DFineOutput,
     teacher: DFineOutput,
@@ -116,7 +138,8 @@ def distillation(
         FloatingPointError: the teacher's answer is not finite; names the image id.
     """
     losses: dict[str, Tensor] = {}
-    boxes = normaliser(w.new_full((), sum(len(target.labels) for target in targets)))
+    truth = w.new_full((), sum(len(target.labels) for target in targets))
+    boxes = normaliser(truth + found_without_truth(teacher, targets))
     temperature = config.go_lsd.temperature
     if terms := weights.keys() & SHARED:
         assert student.shared is not None
@@ -132,7 +155,7 @@ def distillation(
         real = noised.labels < teacher.refined.logits.shape[-1]  # (B, K): padded slots have no part
         answers = (silenced(student.denoising.refined, real), silenced(teacher.denoising.refined, real))
         terms = {term.removesuffix("_denoising") for term in terms}
-        found = of_queries(*answers, terms, config, boxes * noised.groups)
+        found = of_queries(*answers, terms, config, normaliser(truth) * noised.groups)
         if "go_lsd" in terms:
             pairs = denoising_matches(targets, noised.groups).to(real.device)
             found["go_lsd"] = go_lsd(*answers, w, teacher_w, targets, temperature, pairs, real)

@@ -36,12 +36,24 @@ from dfine.losses.distillation import (
     matched_by,
     memory_distance,
     memory_projection,
+    on_labelled_pages,
     project,
 )
 from dfine.losses.golsd import kl_of_edges
 from dfine.model.detector import DFine
 from dfine.model.fdr import decode, expectation, weighting_function
-from dfine.structures import Batch, Cells, Denoising, DFineOutput, Matches, NoisedTruth, Queries, Refinement, Target
+from dfine.structures import (
+    Batch,
+    Cells,
+    Denoising,
+    DFineOutput,
+    Matches,
+    NoisedTruth,
+    Prediction,
+    Queries,
+    Refinement,
+    Target,
+)
 
 W = weighting_function(8, 0.5, 0.25)
 EVERY = {"class": 1.0, "box": 1.0, "go_lsd": 1.0}
@@ -338,6 +350,17 @@ def test_empty_pages_are_distilled_like_others_and_nothing_is_nan():
     assert torch.autograd.grad(terms["distill_go_lsd"].sum(), edge_logits)[0].isfinite().all()
 
 
+def test_on_pages_without_boxes_classes_are_divided_by_what_the_teacher_finds_there():
+    student, teacher = answers()
+    found = [int((scores > 0.5).sum()) for scores in teacher.logits[-1].sigmoid().amax(-1)]
+    assert min(found) > 0
+    annotated = [page(*[[0.5, 0.5, 0.2, 0.2]] * count) for count in found]
+    torch.testing.assert_close(
+        losses(student, teacher, [annotated[0], page()])["distill_class"],
+        losses(student, teacher, annotated)["distill_class"],
+    )
+
+
 def test_where_the_teacher_matches_nothing_go_lsd_is_the_mean_over_all_queries():
     student, teacher = answers()
     p = (teacher.edge_logits[-1] / 5).softmax(-1)
@@ -560,6 +583,27 @@ def test_the_teacher_alone_teaches_the_student_also_from_pages_without_boxes():
     gradients = {name: parameter.grad for name, parameter in student.named_parameters()}
     assert [name for name, grad in gradients.items() if grad is None or not grad.isfinite().all()] == []
     assert all((grad != 0).any() for name, grad in gradients.items() if name.startswith(("encoder", "selection")))
+
+
+def test_the_truth_teaches_nothing_on_pages_without_boxes():
+    """Which may hold everything and wait for their annotations: the losses are those of the other pages."""
+    student, teacher = shaken(tiny_model()), shaken(tiny_model(), 0.2).eval()
+    targets = [target([[0.3, 0.3, 0.2, 0.2]]), target([])]
+    output, _ = both(student, teacher, targets=targets)
+    output.refined.logits.retain_grad()
+    own = criterion(on_labelled_pages(output, targets), targets, student.decoder.w, LOSS)
+    alone = output._replace(
+        refined=Refinement(*(x[:, :1] for x in output.refined[:3]), output.refined.initial_boxes[:1]),
+        initial=Prediction(*(x[:1] for x in output.initial)),
+        encoder=Prediction(*(x[:1] for x in output.encoder)),
+        queries=Queries(*(x[:1] for x in output.queries)),
+        denoising=None,
+    )
+    for name, loss in criterion(alone, targets[:1], student.decoder.w, LOSS).items():
+        torch.testing.assert_close(own[name], loss)
+    sum(loss.sum() for loss in own.values()).backward()
+    assert (output.refined.logits.grad[:, 0] != 0).any()
+    assert (output.refined.logits.grad[:, 1] == 0).all()
 
 
 def test_the_ordinary_losses_do_not_notice_the_teacher():
