@@ -53,7 +53,7 @@ def main() -> None:
         with engine.autocast(device, settings.train):
             taught = asked(teacher, batch, noised, weights)
             output = answered(replica, projected, batch, noised, taught, weights)
-        judged = on_labelled_pages(output, batch.targets) if taught else output
+        judged = on_labelled_pages(output, batch.targets) if settings.distill.alpha else output
         losses = criterion(judged, batch.targets, model.decoder.w, scheduled(settings.loss, run.epoch))
         losses = {name: settings.distill.beta * loss for name, loss in losses.items()}
         if taught:

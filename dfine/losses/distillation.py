@@ -9,7 +9,7 @@ KD-DETR, arXiv 2211.08071). They are compared in the same way.
 Memory cells: with the same strides, cells, anchors and page frames are the same in both models. Compared are what the
 encoder's heads say of each, which is what query selection chooses by, and the memory itself (FitNets, arXiv 1412.6550;
 weighted by what the teacher sees there). Cells that are not valid have no part.
-Pages without boxes, blank or not yet annotated, are taught by the teacher alone (`on_labelled_pages`).
+On pages without boxes, blank or not yet annotated, the teacher alone teaches (`on_labelled_pages`).
 
 Others carry edge distributions from model to model too: dfine-seg 0.6.2 pairs the queries of both models through the
 boxes of the truth that they match, and bins the teacher's edges anew. It has not published what that gains.
@@ -96,18 +96,19 @@ def answered(
 
 
 def on_labelled_pages(output: DFineOutput, targets: list[Target]) -> DFineOutput:
-    """The answers with which the truth has a say: on pages without boxes no query is real, so none learns from it."""
+    """The student's answers, of which those on pages without boxes learn nothing from the truth."""
     labelled = [len(target.labels) > 0 for target in targets]
     if all(labelled):
         return output
     (pages,) = send([torch.tensor(labelled)], output.queries.real.device)
     real = output.queries.real & pages[:, None]  # (B, Q)
-    return output._replace(
-        refined=silenced(output.refined, real),
-        queries=output.queries._replace(real=real),
-        initial=output.initial and silenced(output.initial, real),
-        encoder=output.encoder and silenced(output.encoder, real),
-    )
+    refined, queries, denoising = silenced(output.refined, real), output.queries._replace(real=real), output.denoising
+    initial, encoder = (head and silenced(head, real) for head in (output.initial, output.encoder))
+    if denoising is not None:
+        slots = pages[:, None].expand_as(denoising.queries.labels)  # (B, K): those of an empty page are padding
+        first = denoising.initial and silenced(denoising.initial, slots)
+        denoising = denoising._replace(refined=silenced(denoising.refined, slots), initial=first)
+    return output._replace(refined=refined, queries=queries, initial=initial, encoder=encoder, denoising=denoising)
 
 
 def found_without_truth(teacher: DFineOutput, targets: list[Target]) -> int | Tensor:
@@ -139,7 +140,7 @@ def distillation(
     """
     losses: dict[str, Tensor] = {}
     truth = w.new_full((), sum(len(target.labels) for target in targets))
-    boxes = normaliser(truth + found_without_truth(teacher, targets))
+    truth, boxes = normaliser(torch.stack([truth, truth + found_without_truth(teacher, targets)]))
     temperature = config.go_lsd.temperature
     if terms := weights.keys() & SHARED:
         assert student.shared is not None
@@ -155,7 +156,7 @@ def distillation(
         real = noised.labels < teacher.refined.logits.shape[-1]  # (B, K): padded slots have no part
         answers = (silenced(student.denoising.refined, real), silenced(teacher.denoising.refined, real))
         terms = {term.removesuffix("_denoising") for term in terms}
-        found = of_queries(*answers, terms, config, normaliser(truth) * noised.groups)
+        found = of_queries(*answers, terms, config, truth * noised.groups)
         if "go_lsd" in terms:
             pairs = denoising_matches(targets, noised.groups).to(real.device)
             found["go_lsd"] = go_lsd(*answers, w, teacher_w, targets, temperature, pairs, real)

@@ -590,7 +590,9 @@ def test_the_truth_teaches_nothing_on_pages_without_boxes():
     student, teacher = shaken(tiny_model()), shaken(tiny_model(), 0.2).eval()
     targets = [target([[0.3, 0.3, 0.2, 0.2]]), target([])]
     output, _ = both(student, teacher, targets=targets)
-    output.refined.logits.retain_grad()
+    answers = [x for head in (output.refined, output.denoising.refined) for x in (head.logits, head.edge_logits)]
+    for answer in answers:
+        answer.retain_grad()
     own = criterion(on_labelled_pages(output, targets), targets, student.decoder.w, LOSS)
     alone = output._replace(
         refined=Refinement(*(x[:, :1] for x in output.refined[:3]), output.refined.initial_boxes[:1]),
@@ -602,8 +604,19 @@ def test_the_truth_teaches_nothing_on_pages_without_boxes():
     for name, loss in criterion(alone, targets[:1], student.decoder.w, LOSS).items():
         torch.testing.assert_close(own[name], loss)
     sum(loss.sum() for loss in own.values()).backward()
-    assert (output.refined.logits.grad[:, 0] != 0).any()
-    assert (output.refined.logits.grad[:, 1] == 0).all()
+    for answer in answers:
+        assert (answer.grad[:, 0] != 0).any()
+        assert (answer.grad[:, 1] == 0).all()
+
+
+def test_where_no_page_has_boxes_the_truth_teaches_nothing_at_all():
+    student, empty = shaken(tiny_model()), [target([]), target([])]
+    output, _ = both(student, shaken(tiny_model(), 0.2).eval(), targets=empty)
+    own = criterion(on_labelled_pages(output, empty), empty, student.decoder.w, LOSS)
+    assert all((loss == 0).all() for loss in own.values())
+    sum(loss.sum() for loss in own.values()).backward()
+    gradients = {name: parameter.grad for name, parameter in student.named_parameters()}
+    assert [name for name, gradient in gradients.items() if gradient is not None and (gradient != 0).any()] == []
 
 
 def test_the_ordinary_losses_do_not_notice_the_teacher():
