@@ -115,7 +115,7 @@ class ModelConfig(Section):
 
 
 class MatcherConfig(Section):
-    classes: NonNegative = 2.0  # focal cost; with more of it a box rather stays with the query that scores it best
+    classes: NonNegative = 2.0  # focal cost; the higher, the more a query's score decides who is matched
     l1: NonNegative = 5.0
     giou: NonNegative = 2.0
     # Queries that each box is matched to in the encoder's head. 1 is D-FINE; more (hybrid matching, arXiv 2207.13080)
@@ -165,7 +165,7 @@ class MemoryDistillConfig(Section):
 
 
 class DistillConfig(Section):
-    """Total loss: alpha x (queries + cells + memory) + beta x the losses of `loss`.
+    """Total loss: alpha x (queries + cells + memory) + beta x the losses of `loss` on pages with boxes.
 
     Queries: (class + box + GO-LSD) x (`shared` on the teacher's queries + `denoising` on the denoising queries).
     """

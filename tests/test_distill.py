@@ -188,6 +188,16 @@ def test_the_teacher_stays_as_it_is_and_beta_weighs_the_truth(
     )
 
 
+def test_pages_without_boxes_are_taught_by_the_teacher_alone(folder: Path, tmp_path: Path) -> None:
+    own = pages(tmp_path / "pages", count=2, empty=(0, 1))
+    data = [f"data.train.{key}={value}" for key, value in own.items()]
+    distill(folder, tmp_path / "run", "train.max_steps=1", *data)
+    logged = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["train"]
+    assert logged["vfl"] == logged["vfl_encoder"] == logged["ddf"] == 0
+    assert logged["distill_class"] > 0
+    assert logged["distill_cell_class"] > 0
+
+
 def test_a_non_finite_term_stops_with_its_name_and_the_images_and_keeps_the_checkpoint(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -69,13 +69,12 @@ def criterion(output: DFineOutput, targets: list[Target], w: Tensor, config: Los
     counts[2] += real.sum()  # unmatched queries: only the device knows how many there are
     total = distributed.sum_over_processes(counts.to(w.dtype))
     share = total.clamp(min=1) / distributed.world_size()
-    shares = total[1:3].clamp(min=torch.finfo(w.dtype).tiny)  # not 0: a batch may have no query at all
-    normalisers = Normalisers(share[0], share[1], share[1:3], shares)
+    normalisers = Normalisers(share[0], share[1], share[1:3], total[1:3])
     terms = supervise(refined, heads, own, pairs, truth, w, normalisers, config)
     losses = name(terms, layers, ("", "_initial", "_encoder"))
     if output.denoising is not None:
         heads = stack(output.denoising.refined, output.denoising.initial)
-        normalisers = Normalisers(share[0] * groups, share[0] * groups, share[3:5], shares)
+        normalisers = Normalisers(share[0] * groups, share[0] * groups, share[3:5], total[1:3])
         terms = supervise(
             output.denoising.refined, heads, every_head(fixed, layers + 1), fixed, truth, w, normalisers, config
         )

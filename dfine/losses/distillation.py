@@ -295,8 +295,7 @@ def go_lsd(
     p = project(p, teacher.initial_boxes, teacher_w, student.initial_boxes, w)  # (B, Q, 4, the student's N + 1)
     kl = kl_of_edges(p, student.edge_logits, temperature)  # (L, B, Q)
     counts = torch.stack([matched.sum(), (real & ~matched).sum()]).to(w.dtype)  # (2,)
-    shares = normaliser(counts, least=torch.finfo(w.dtype).tiny)  # not 0: a batch may have no query at all
-    return ddf(kl, weight, matched, normaliser(counts), shares)
+    return ddf(kl, weight, matched, normaliser(counts), normaliser(counts, least=0))
 
 
 def project(p: Tensor, frame: Tensor, w: Tensor, new_frame: Tensor, new_w: Tensor) -> Tensor:

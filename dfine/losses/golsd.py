@@ -59,5 +59,5 @@ def ddf(kl: Tensor, weight: Tensor, matched: Tensor, normalisers: Tensor, shares
     """
     weighted = weight * kl / 4  # a mean over edges
     sums = torch.stack([(weighted * matched).sum((1, 2)), (weighted * ~matched).sum((1, 2))], dim=-1)  # (L, 2)
-    root = shares.sqrt()
+    root = shares.clamp(min=torch.finfo(shares.dtype).tiny).sqrt()  # not 0: a batch may have no query at all
     return (sums / normalisers * root).sum(-1) / root.sum()
