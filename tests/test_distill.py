@@ -148,10 +148,10 @@ def test_without_alpha_the_teacher_is_not_asked_and_the_student_learns_as_if_alo
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same weights to the last bit, and with them the same start, pages and noise: what an ablation compares."""
-    train(folder / "plain.yaml", tmp_path / "plain", "train.max_steps=3")
+    train(folder / "plain.yaml", tmp_path / "plain", "train.max_steps=4")
     load_teacher = distill_script.load_teacher
     monkeypatch.setattr(distill_script, "load_teacher", lambda *arguments: silent(load_teacher(*arguments)))
-    distill(folder, tmp_path / "alone", "train.max_steps=3", "distill.alpha=0")
+    distill(folder, tmp_path / "alone", "train.max_steps=4", "distill.alpha=0")
     assert same(state(tmp_path / "alone"), state(tmp_path / "plain"))
 
 

@@ -591,7 +591,8 @@ def test_the_truth_teaches_nothing_on_pages_without_boxes():
     targets = [target([[0.3, 0.3, 0.2, 0.2]]), target([])]
     output, _ = both(student, teacher, targets=targets)
     answers = [x for head in (output.refined, output.denoising.refined) for x in (head.logits, head.edge_logits)]
-    for answer in answers:
+    first = output.denoising.initial.logits
+    for answer in (*answers, first):
         answer.retain_grad()
     own = criterion(on_labelled_pages(output, targets), targets, student.decoder.w, LOSS)
     alone = output._replace(
@@ -607,6 +608,18 @@ def test_the_truth_teaches_nothing_on_pages_without_boxes():
     for answer in answers:
         assert (answer.grad[:, 0] != 0).any()
         assert (answer.grad[:, 1] == 0).all()
+    assert (first.grad[0] != 0).any()
+    assert (first.grad[1] == 0).all()
+
+
+def test_what_the_teacher_finds_on_pages_without_boxes_does_not_count_for_denoising_queries():
+    student, teacher = shaken(tiny_model()), shaken(tiny_model(), 0.2).eval()
+    targets, w = [target([[0.3, 0.3, 0.2, 0.2]]), target([])], (student.decoder.w, teacher.decoder.w)
+    output, taught = both(student, teacher, targets=targets)
+    sure = taught._replace(refined=taught.refined._replace(logits=torch.full_like(taught.refined.logits, 5)))
+    weights = dict.fromkeys(DENOISING, 1.0)
+    found = distillation(output, sure, *w, targets, weights, WHOLE, MATCHER)
+    torch.testing.assert_close(found, distillation(output, taught, *w, targets, weights, WHOLE, MATCHER))
 
 
 def test_where_no_page_has_boxes_the_truth_teaches_nothing_at_all():
