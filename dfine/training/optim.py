@@ -1,23 +1,23 @@
 """Parameter groups, optimizers, the learning-rate schedule, and the averaged weights."""
 
-import functools
 import math
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from timm.optim import muon
 from timm.utils import ModelEmaV3
-from torch import nn, optim
+from torch import Tensor, nn, optim
 
+from dfine.boxes import multiplies_bf16
 from dfine.config import TrainConfig
 from dfine.model.detector import DFine, class_dependent
 
 
 def parameter_groups(model: DFine, config: TrainConfig, auxiliary: nn.Module | None = None) -> list[dict]:
-    """Backbone or not, decayed or not (norms, biases and other vectors are not), and what has a row for each class.
+    """Backbone or not, decayed or not (norms, biases and other vectors are not), Muon's or AdamW's.
 
-    There is nothing to orthogonalise between the rows of classes (class heads, denoising embedding): AdamW's always.
+    There is nothing to orthogonalise between the rows of classes (class heads, denoising embedding), nor where timm
+    finds a matrix too narrow (depthwise convolutions): AdamW's always.
 
     Args:
         auxiliary: what is trained along with the model and is no part of it; grouped as its head.
@@ -26,48 +26,65 @@ def parameter_groups(model: DFine, config: TrainConfig, auxiliary: nn.Module | N
     groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     auxiliary = auxiliary or nn.Module()
     for name, parameter in [*model.named_parameters(), *auxiliary.named_parameters(prefix="auxiliary")]:
-        decayed = parameter.dim() > 1
-        key = (name.startswith("backbone."), decayed, decayed and name in rows_of_classes)
+        matrix = name not in rows_of_classes and muon._is_suitable_for_muon(parameter)
+        key = (name.startswith("backbone."), parameter.dim() > 1, matrix and config.muon_factor > 0)
         groups.setdefault(key, []).append(parameter)
     return [
         {
             "params": parameters,
-            "name": ("classes" if classes else "backbone" if backbone else "head") + ("" if decayed else ", no decay"),
-            "factor": (config.backbone_factor if backbone else 1.0) * (config.muon_factor or 1.0),
+            "name": ("backbone" if backbone else "head") + (", Muon" if by_muon else "" if decayed else ", no decay"),
+            "factor": (config.backbone_factor if backbone else 1.0) * (config.muon_factor if by_muon else 1.0),
             "weight_decay": config.weight_decay if decayed else 0.0,
-            "use_fallback": classes or not decayed,
+            "muon": by_muon,
         }
-        for (backbone, decayed, classes), parameters in groups.items()
+        for (backbone, decayed, by_muon), parameters in groups.items()
     ]
 
 
-class Muon(muon.Muon):
-    """timm's, which orthogonalises in bf16; on CPUs in fp32 here: those without bf16 would take nine times as long."""
+class Muon(optim.AdamW):
+    """AdamW, but groups marked `muon` step along their orthogonalised momentum: https://kellerjordan.github.io/posts/muon.
 
+    timm's Muon with Nesterov's momentum takes the same step for one matrix after another. Here all of one shape are
+    orthogonalised at once, which takes half the time where there are many small ones. Three Newton-Schulz iterations
+    (timm: 5) are less work and taught no less.
+    """
+
+    MOMENTUM, ITERATIONS, COEFFICIENTS = 0.95, 3, [(3.4445, -4.7750, 2.0315)]
+
+    @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        if self.param_groups[0]["params"][0].device.type != "cpu":
-            return super().step(closure)
-        in_fp32 = functools.partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
-        with patch.object(muon, "zeropower_via_newtonschulz", in_fp32):  # `muon` has no argument for it
-            return super().step(closure)
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[Tensor]] = {}
+            for weight in group["params"] if group["muon"] else ():
+                if weight.grad is not None:
+                    shapes.setdefault(weight.flatten(1).shape, []).append(weight)
+            for weights in shapes.values():
+                self.step_orthogonally(weights, [weight.grad for weight in weights], group["lr"], group["weight_decay"])
+                for weight in weights:
+                    weight.grad = None  # AdamW leaves alone what has no gradient
+        return super().step(closure)
+
+    def step_orthogonally(self, weights: list[Tensor], gradients: Any, rate: float, decay: float) -> None:
+        """One step of K weights (M, ...) and their gradients, all alike as matrices (M, N)."""
+        for weight in weights:
+            if "momentum" not in self.state[weight]:
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
+        momenta = [self.state[weight]["momentum"] for weight in weights]
+        torch._foreach_lerp_(momenta, gradients, 1 - self.MOMENTUM)
+        ahead = torch._foreach_lerp(gradients, momenta, self.MOMENTUM)  # Nesterov's
+        matrices = torch.stack([update.flatten(1) for update in ahead])  # (K, M, N)
+        precision = torch.bfloat16 if multiplies_bf16(matrices.device) else torch.float32
+        steps = muon.zeropower_via_newtonschulz(matrices, self.ITERATIONS, self.COEFFICIENTS, dtype=precision)
+        size = rate * muon.get_lr_scale(matrices.shape[1:])  # a number moves as far as under AdamW, times the rate
+        torch._foreach_mul_(weights, 1 - rate * decay)
+        for weight, step in zip(weights, steps.to(matrices.dtype), strict=True):
+            weight.sub_(step.view_as(weight), alpha=size)
 
 
 def optimizer(model: DFine, config: TrainConfig, auxiliary: nn.Module | None = None) -> optim.Optimizer:
-    """AdamW, or with `muon_factor` timm's Muon, which falls back to AdamW where it does not apply.
-
-    Both with Nesterov's momentum then. Three Newton-Schulz iterations (timm: 5) are less work and taught no less.
-    """
-    groups = parameter_groups(model, config, auxiliary)
-    if not config.muon_factor:
-        return optim.AdamW(groups, lr=config.learning_rate, fused=True)
-    return Muon(
-        groups,
-        nesterov=True,
-        ns_steps=3,
-        ns_coefficients="original",
-        betas=(0.9, 0.999),
-        fallback_lr_scale=1 / config.muon_factor,
-    )
+    """AdamW, or with `muon_factor` Muon and AdamW."""
+    kind = Muon if config.muon_factor else optim.AdamW
+    return kind(parameter_groups(model, config, auxiliary), lr=config.learning_rate, fused=True)
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:

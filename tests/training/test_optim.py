@@ -1,11 +1,14 @@
 """Optimizers, what they train, and the average of the weights."""
 
+import copy
 import math
 
 import pytest
 import torch
+from timm.optim.muon import Muon as TimmMuon
 from timm.utils import ModelEmaV3
 from tiny import shaken, tiny_model
+from torch import nn
 
 from dfine.config import TrainConfig
 from dfine.training.optim import Average, learning_rate, optimizer, parameter_groups, set_learning_rate
@@ -35,42 +38,72 @@ def test_the_average_goes_on_from_loaded_weights():
     torch.testing.assert_close(average.module.decoder.position[0].weight, 0.1 * weight)
 
 
-def test_norms_and_biases_do_not_decay_and_classes_keep_adamw():
+def test_norms_and_biases_do_not_decay_and_classes_and_depthwise_convolutions_keep_adamw():
     model = tiny_model()
     groups = {group["name"]: group for group in parameter_groups(model, TrainConfig(muon_factor=10))}
-    shapes = {name: [parameter.dim() for parameter in group["params"]] for name, group in groups.items()}
-    assert all(dims > 1 for name in ("backbone", "head", "classes") for dims in shapes[name])
-    assert all(dims == 1 for name in ("backbone, no decay", "head, no decay") for dims in shapes[name])
     assert {name for name, group in groups.items() if group["weight_decay"] == 0} == {
         "backbone, no decay",
         "head, no decay",
     }
-    assert {name for name, group in groups.items() if group["use_fallback"]} == {
-        "backbone, no decay",
-        "head, no decay",
-        "classes",
-    }
-    assert sum(map(len, shapes.values())) == len(list(model.parameters()))
+    assert {name for name, group in groups.items() if group["muon"]} == {"backbone, Muon", "head, Muon"}
+    for name, group in groups.items():
+        assert all((parameter.dim() > 1) != name.endswith("no decay") for parameter in group["params"]), name
+    of_muon = {id(p) for name in ("backbone, Muon", "head, Muon") for p in groups[name]["params"]}
+    depthwise = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1]
+    assert depthwise
+    for weight in (model.selection.class_head.weight, model.denoising_labels.weight, *depthwise):
+        assert id(weight) not in of_muon
+    assert id(model.selection.project.weight) in of_muon
+    assert sum(len(group["params"]) for group in groups.values()) == len(list(model.parameters()))
+    assert not any(group["muon"] for group in parameter_groups(model, TrainConfig()))
 
 
-def test_muon_moves_matrices_along_orthogonal_directions_and_leaves_the_rest_to_adamw():
-    config = TrainConfig(muon_factor=10, weight_decay=0)
+def test_a_step_of_muon_is_timms_for_each_matrix_and_torchs_adamw_for_the_rest():
+    config = TrainConfig(muon_factor=10, learning_rate=1e-3, weight_decay=0.1)
     torch.manual_seed(0)
     model = tiny_model()
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    muon = optimizer(model, config)
-    for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    gradient = model.selection.project.weight.grad.clone()
+    timms = copy.deepcopy(model)
+    ours = optimizer(model, config)
+    theirs = []
+    for group in parameter_groups(timms, config):
+        settings = {"lr": 1e-3 * group["factor"], "weight_decay": group["weight_decay"]}
+        if group["muon"]:
+            theirs.append(TimmMuon(group["params"], nesterov=True, ns_steps=3, ns_coefficients="original", **settings))
+        else:
+            theirs.append(torch.optim.AdamW(group["params"], **settings))
+    set_learning_rate(ours, 1e-3)
+    for _ in range(3):
+        for one, other in zip(model.parameters(), timms.parameters(), strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        for each in (ours, *theirs):
+            each.step()
+    for (name, one), other in zip(model.named_parameters(), timms.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4 if one.dim() > 1 else 1e-6, msg=name)
+
+
+def test_muon_moves_matrices_along_orthogonal_directions():
+    torch.manual_seed(0)
+    model = tiny_model()
+    weight = model.selection.project.weight
+    before, weight.grad = weight.detach().clone(), torch.randn_like(weight)
+    gradient = weight.grad.clone()
+    muon = optimizer(model, TrainConfig(muon_factor=10, weight_decay=0))
     set_learning_rate(muon, 1e-3)
     muon.step()
-    moved = {name: before[name] - parameter.detach() for name, parameter in model.named_parameters()}
-    given, taken = torch.linalg.svdvals(gradient), torch.linalg.svdvals(moved["selection.project.weight"])
+    given, taken = torch.linalg.svdvals(gradient), torch.linalg.svdvals(before - weight.detach())
     assert taken.max() / taken.min() < 0.1 * given.max() / given.min()
     assert taken.max() / taken.median() < 0.7 * given.max() / given.median()
-    assert moved["selection.project.weight"].square().mean().sqrt() == pytest.approx(0.2 * 10 * 1e-3, rel=0.25)
-    for name in ("selection.class_head.weight", "selection.norm.bias"):  # AdamW's first step is the same everywhere
-        torch.testing.assert_close(moved[name].abs(), torch.full_like(moved[name], 1.9e-3), rtol=1e-2, atol=0)
+    assert (before - weight).square().mean().sqrt().item() == pytest.approx(0.2 * 10 * 1e-3, rel=0.25)
+
+
+def test_weights_without_a_gradient_stay_as_they_are():
+    torch.manual_seed(0)
+    model = tiny_model()
+    before = copy.deepcopy(model.state_dict())
+    optimizer(model, TrainConfig(muon_factor=10)).step()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_without_a_factor_there_is_no_muon():
@@ -102,6 +135,6 @@ def test_the_backbones_rate_is_its_share_of_the_rest(factor: float, muon: float)
     own = optimizer(tiny_model(), TrainConfig(backbone_factor=factor, muon_factor=muon))
     set_learning_rate(own, 1e-3)
     rates = {group["name"]: group["lr"] for group in own.param_groups}
-    scale = muon or 1
     for name, rate in rates.items():
+        scale = muon if name.endswith("Muon") else 1
         assert rate == pytest.approx(1e-3 * scale * (factor if name.startswith("backbone") else 1)), name
