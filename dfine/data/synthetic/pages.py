@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
@@ -216,7 +217,7 @@ def draw_page(seed: int, index: int) -> Drawn:
     step = (width - 2 * side + gutter) // columns
     for x in range(side, side + columns * step, step):
         fill_column(page, rng, style, kind, x, top, step - gutter, bottom)
-    image = np.take(draw_palette(rng), page.ink, axis=0)
+    image = np.asarray(cv2.applyColorMap(page.ink, draw_palette(rng)[:, None]), np.uint8)
     return image, np.array(page.labels, np.int64), np.array(page.boxes, np.float64).reshape(-1, 4)
 
 
