@@ -1,7 +1,6 @@
 """Multi-scale deformable attention: each query reads the memory at a few points around its reference box."""
 
 import math
-import warnings
 from typing import Any
 
 import torch
@@ -105,12 +104,10 @@ class WeightedSum(torch.autograd.Function):
         starts = torch.searchsorted(sorted_rows, torch.arange(len(values), dtype=torch.int32), out_int32=True)
         readers, their_shares = order.int() // rows.shape[1], shares.flatten()[order]
         to_values = F.embedding_bag(readers, g, starts, mode="sum", per_sample_weights=their_shares)
-        ends = torch.arange(0, rows.numel() + 1, rows.shape[1], dtype=torch.int32)
-        size = (len(rows), len(values))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch calls all its sparse matrices of this form a beta
-            read = torch.sparse_csr_tensor(ends, rows.flatten(), torch.zeros_like(shares).flatten(), size)
-        to_shares = torch.sparse.sampled_addmm(read, g, values.t(), beta=0).values()  # g values^T where a sum reads
+        sums = torch.arange(len(rows), dtype=torch.int32)
+        to_shares = torch.ops.aten._embedding_bag_per_sample_weights_backward(  # as torch's own embedding bag
+            g, values, rows.flatten(), sums * rows.shape[1], sums.repeat_interleave(rows.shape[1]), mode=0
+        )
         return to_values, None, to_shares.view_as(shares)
 
 
