@@ -48,7 +48,7 @@ class Muon(optim.AdamW):
 
     timm's Muon with Nesterov's momentum takes the same step for one matrix after another. Here all of one shape are
     orthogonalised at once: a third less time where there are many small ones. As there, in bf16, but in fp32 on CPUs on
-    which bf16 is slow. A step takes the gradients of these weights away.
+    which bf16 is slow.
     """
 
     MOMENTUM = 0.95
@@ -57,6 +57,7 @@ class Muon(optim.AdamW):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
+        """One step of all weights with a gradient. Those of `muon` groups lose theirs: AdamW then leaves them alone."""
         for group in self.param_groups:
             shapes: dict[tuple[int, int], list[Tensor]] = {}
             for weight in group["params"] if group["muon"] else ():
@@ -65,7 +66,7 @@ class Muon(optim.AdamW):
             for weights in shapes.values():
                 self.step_orthogonally(weights, [weight.grad for weight in weights], group["lr"], group["weight_decay"])
                 for weight in weights:
-                    weight.grad = None  # AdamW leaves alone what has no gradient
+                    weight.grad = None
         super().step()
 
     def step_orthogonally(self, weights: list[Tensor], gradients: Any, rate: float, decay: float) -> None:

@@ -38,6 +38,13 @@ def test_the_average_goes_on_from_loaded_weights():
     torch.testing.assert_close(average.module.decoder.position[0].weight, 0.1 * weight)
 
 
+def with_gradients(model: nn.Module, seed: int, frozen: str = "none of them") -> None:
+    """Random gradients for all weights but those whose names start with `frozen`."""
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        parameter.grad = None if name.startswith(frozen) else torch.randn_like(parameter)
+
+
 def test_norms_and_biases_do_not_decay_and_classes_and_depthwise_convolutions_keep_adamw():
     model = tiny_model()
     groups = {group["name"]: group for group in parameter_groups(model, TrainConfig(muon_factor=10))}
@@ -99,19 +106,13 @@ def test_muon_moves_matrices_along_orthogonal_directions():
     assert (before - weight).square().mean().sqrt().item() == pytest.approx(0.2 * 10 * 1e-3, rel=0.25)
 
 
-def with_gradients(model: nn.Module, seed: int, without: str = "nothing") -> None:
-    torch.manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        parameter.grad = None if name.startswith(without) else torch.randn_like(parameter)
-
-
 def test_weights_without_a_gradient_stay_as_they_are():
     model = tiny_model()
     muon = optimizer(model, TrainConfig(muon_factor=10))
     with_gradients(model, seed=0)
     muon.step()  # now all have a momentum
     before = copy.deepcopy(model.state_dict())
-    with_gradients(model, seed=1, without="backbone.")  # it is frozen
+    with_gradients(model, seed=1, frozen="backbone.")
     muon.step()
     for name, _ in model.named_parameters():
         assert torch.equal(model.state_dict()[name], before[name]) == name.startswith("backbone."), name
