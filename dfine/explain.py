@@ -10,7 +10,6 @@ import argparse
 import base64
 import io
 import json
-import math
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -94,13 +93,12 @@ def look(model: DFine, data: DataConfig, page: np.ndarray) -> Seen:
         locations, weights = attention.sampling(*args[:2])
         points.append(torch.cat([locations, weights[..., None]], dim=-1))
 
+    hooks: dict[Any, Any] = {LQE: lambda _, args, __: plain.append(args[0]), DeformableAttention: attended}
     with ExitStack() as stack:
         stack.enter_context(model.selection.register_forward_hook(selected))
         for module in model.decoder.modules():
-            if isinstance(module, LQE):
-                stack.enter_context(module.register_forward_hook(lambda _, args, __: plain.append(args[0])))
-            if isinstance(module, DeformableAttention):
-                stack.enter_context(module.register_forward_hook(attended))
+            if type(module) in hooks:
+                stack.enter_context(module.register_forward_hook(hooks[type(module)]))
         stack.callback(model.eval)
         model.training = model.selection.training = True  # all heads answer; what is inside stays as in evaluation
         output = model(images, sizes)
@@ -131,7 +129,7 @@ def explained(
     best = [q for q in scores[-1].argsort(descending=True).tolist() if scores[-1, q] > 0]
     if not best:
         raise PageError(f"{file}: no cell of the model's maps lies on the page")
-    verdicts = None if target is None else judged(output, heads, target, w, scheduled(config.loss, math.inf))
+    verdicts = None if target is None else judged(output, heads, target, w, scheduled(config.loss, float("inf")))
     queries = [
         {
             "query": q,
@@ -148,15 +146,11 @@ def explained(
         for place, q in enumerate(best)
         if place < SHOWN or (verdicts and verdicts[q]["truth"] is not None)
     ]
-    truth = target and [
-        {"label": label, "box": rounded(box * pixels, 3)}
-        for label, box in zip(target.labels.tolist(), cxcywh_to_xyxy(target.boxes), strict=True)
-    ]
+    truth = target and {"labels": target.labels.tolist(), "boxes": rounded(cxcywh_to_xyxy(target.boxes) * pixels, 3)}
     about = {"file": file, "width": width, "height": height, "href": data_uri(page), "dedupe": DEDUPE}
     about |= {"classes": [category["name"] for category in categories], "w": rounded(w, 5)}
     about["steps"] = ["anchor", "proposal", "initial box", *(f"layer {i + 1}" for i in range(len(edge_logits)))]
-    levels = zip(model.strides, config.model.decoder.points, strict=True)
-    about["strides"] = [stride for stride, points in levels for _ in range(points)]  # (P,) of what a point reads
+    about["strides"] = np.repeat(model.strides, config.model.decoder.points).tolist()  # (P,) of what a point reads
     return about | {"queries": queries, "truth": truth}
 
 

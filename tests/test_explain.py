@@ -196,16 +196,15 @@ def test_the_model_is_left_as_it_was() -> None:
 
 def test_the_truth_is_the_pages_boxes_without_crowds_and_slivers_and_clipped(script: Any, tmp_path: Path) -> None:
     data = script("--annotations", coco(tmp_path / "coco.json"))
-    assert [data["classes"][box["label"]] for box in data["truth"]] == [NAMES[1], NAMES[2], NAMES[0]]
-    boxes = torch.tensor([box["box"] for box in data["truth"]])
+    assert [data["classes"][label] for label in data["truth"]["labels"]] == [NAMES[1], NAMES[2], NAMES[0]]
+    boxes = torch.tensor(data["truth"]["boxes"])
     torch.testing.assert_close(boxes, torch.tensor([[8.0, 10, 70, 30], [0, 60, 45, 120], [20, 5, 50, 45]]))
 
 
 def test_the_losses_of_all_queries_are_the_losses_of_the_page(script: Any, tmp_path: Path) -> None:
     data = script("--annotations", coco(tmp_path / "coco.json"))
     training = freeze_batch_norms(model().train())
-    labels = torch.tensor([box["label"] for box in data["truth"]])
-    boxes = cxcywh(torch.tensor([box["box"] for box in data["truth"]]))
+    labels, boxes = torch.tensor(data["truth"]["labels"]), cxcywh(torch.tensor(data["truth"]["boxes"]))
     with torch.no_grad():
         output = training(*pad([sized(drawn_page(), 64, CONFIG.data)], 32))
         losses = criterion(output, [Target(labels, boxes, 7, (120, 90))], training.decoder.w, CONFIG.loss)
@@ -245,7 +244,7 @@ def test_the_soft_bins_of_the_truth_move_the_initial_box_onto_it(script: Any, tm
         offsets = torch.tensor([w[int(n)] * left + w[int(n) + 1] * right for n, left, right in query["bins"]])
         if initial.min() > 0 and (initial < PAGE).all() and offsets.abs().max() < 0.99:
             moved = cxcywh_to_xyxy(decode(cxcywh(initial), offsets)) * PAGE
-            torch.testing.assert_close(moved, torch.tensor(data["truth"][0]["box"]), atol=0.05, rtol=0)
+            torch.testing.assert_close(moved, torch.tensor(data["truth"]["boxes"][0]), atol=0.05, rtol=0)
             break
     else:
         pytest.fail("no initial box is near the truth")
@@ -255,7 +254,7 @@ def test_a_page_without_boxes_has_a_truth(script: Any, tmp_path: Path) -> None:
     path = coco(tmp_path / "coco.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
     data = script("--annotations", path)
-    assert data["truth"] == []
+    assert data["truth"] == {"labels": [], "boxes": []}
     assert all(query["truth"] is None and set(query["matched"]) == {None} for query in data["queries"])
     assert sum(query["losses"]["vfl"][-1] for query in data["queries"]) > 0
 
