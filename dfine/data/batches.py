@@ -133,7 +133,7 @@ def _loader(source: Source, config: Config, batches: Any, training: bool) -> Dat
         batch_sampler=batches,
         collate_fn=Collate(config.model.strides[-1]),
         num_workers=config.data.workers,
-        worker_init_fn=leave_signals_to_the_main_process if torch.cuda.is_available() else stand_back,
+        worker_init_fn=leave_signals_to_the_main_process,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=training and config.data.workers > 0,
     )
@@ -172,16 +172,6 @@ def leave_signals_to_the_main_process(_: int) -> None:
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_heed_the_main_process, daemon=True).start()
-
-
-def stand_back(worker: int) -> None:
-    """Where the model computes on the CPU: its threads come first, a worker takes the time that they leave.
-
-    Else each of their parallel parts waits for the thread whose core a worker has.
-    """
-    if hasattr(os, "nice"):  # not on Windows
-        os.nice(19)
-    leave_signals_to_the_main_process(worker)
 
 
 def _heed_the_main_process() -> None:

@@ -1,6 +1,5 @@
 """Which pages share a batch, how large they are, and that nothing depends on who loads them."""
 
-import os
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,7 +16,7 @@ from dfine import distributed
 from dfine.config import AugmentConfig, Config, DataConfig, TrainConfig
 from dfine.data.batches import PageDataset, PageKey, TrainBatches, evaluation_batches, evaluation_loader, train_loader
 from dfine.data.sources import CocoPages
-from dfine.data.transforms import PageError, canvas_of, fit
+from dfine.data.transforms import canvas_of, fit
 
 SMALL = DataConfig(batch_size=2, workers=0, short_edges=(32, 64), eval_short_edge=32, max_long_edge=96)
 
@@ -175,19 +174,6 @@ def test_workers_end_with_their_process_even_in_the_middle_of_a_batch(tmp_path: 
     process.join()
     assert process.pid is not None
     assert gone(process.pid)
-
-
-class Niceness(CocoPages):
-    def read(self, index: int) -> Any:
-        raise PageError(f"{os.nice(0)}")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the model's threads have the CPU to themselves without a GPU")
-def test_workers_leave_the_cores_to_a_model_on_the_cpu(tmp_path: Path) -> None:
-    source = Niceness(*write(tmp_path, [image(1)], []))
-    loader, _ = train_loader(source, Config(data=SMALL.model_copy(update={"workers": 1})))
-    with pytest.raises(PageError, match=f"^{min(os.nice(0) + 19, 19)}$"):
-        next(iter(loader))
 
 
 def test_boxes_of_squashed_pages_lie_on_the_same_ink_and_no_page_is_padded(tmp_path: Path) -> None:
