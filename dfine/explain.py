@@ -81,13 +81,8 @@ def main() -> None:
 def look(model: DFine, data: DataConfig, page: np.ndarray) -> Seen:
     """The forward pass that `dfine.predict` makes of a page (H, W, 3) uint8, but all heads answer."""
     images, sizes = pad([sized(page, data.eval_short_edge, data)], model.strides[-1])
-    anchors: list[Tensor] = []
     plain: list[Tensor] = []
     points: list[Tensor] = []
-
-    def selected(selection: Any, args: Any, answer: Any) -> None:
-        memory, shapes, sizes, _ = args
-        anchors.append(gather(selection.anchors(shapes, sizes, memory)[0], answer[1].cells))
 
     def attended(attention: Any, args: Any, _: Any) -> None:
         locations, weights = attention.sampling(*args[:2])
@@ -95,14 +90,15 @@ def look(model: DFine, data: DataConfig, page: np.ndarray) -> Seen:
 
     hooks: dict[Any, Any] = {LQE: lambda _, args, __: plain.append(args[0]), DeformableAttention: attended}
     with ExitStack() as stack:
-        stack.enter_context(model.selection.register_forward_hook(selected))
         for module in model.decoder.modules():
             if type(module) in hooks:
                 stack.enter_context(module.register_forward_hook(hooks[type(module)]))
         stack.callback(model.eval)
         model.training = model.selection.training = True  # all heads answer; what is inside stays as in evaluation
         output = model(images, sizes)
-    return Seen(output, anchors[0], torch.stack(plain), torch.stack(points))
+    shapes = [(images.shape[-2] // stride, images.shape[-1] // stride) for stride in model.strides]
+    anchors = gather(model.selection.anchors(shapes, sizes, model.decoder.w)[0], output.queries.cells)
+    return Seen(output, anchors, torch.stack(plain), torch.stack(points))
 
 
 @torch.inference_mode()
