@@ -1,74 +1,93 @@
 """Trains a student with a frozen teacher: `torchrun distill.py --config configs/student_tiny.yaml [key=value ...]`.
 
 The teacher is a checkpoint, `distill.teacher=PATH`, which a resumed run needs too; what is saved is a plain detector.
+The script is train.py with a teacher.
 """
 
-import argparse
+from dfine.arguments import training
+
+if __name__ == "__main__":
+    training(__doc__)  # before torch is imported, which takes seconds: --help need not wait for it
+
 import sys
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 
 from dfine import config, distributed
 from dfine.checkpoints.loading import load_teacher
-from dfine.data.batches import evaluation_loader, train_loader
-from dfine.data.sources import open_source
-from dfine.distributed import say
-from dfine.losses.criterion import criterion, scheduled
-from dfine.losses.distillation import active, answered, asked, distillation, memory_projection, on_labelled_pages
+from dfine.losses.criterion import criterion, scheduled, total
+from dfine.losses.distillation import (
+    active,
+    distillation,
+    memory_projection,
+    on_labelled_pages,
+    student_forward,
+    teacher_forward,
+)
 from dfine.model.denoising import freshly_noised
-from dfine.structures import Batch
 from dfine.training import engine
-from dfine.training.run import Run, resumes
+from dfine.training.metrics import finite_means
+from dfine.training.optim import learning_rate, set_learning_rate
+from dfine.training.run import Run
+from dfine.training.saved import resumes
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", required=True, help="a YAML file of configs/")
-    parser.add_argument("--resume", action="store_true", help="go on from the run folder's last.pt, if there is one")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.batch_size=8")
-    arguments = parser.parse_intermixed_args()
-    settings = config.load(arguments.config, arguments.overrides)
-    resumed = resumes(settings, arguments.resume)
+    options = training(__doc__)
+    settings = config.load(options.config, options.overrides)
+    resumed = resumes(settings, options.resume)
 
     device = distributed.start()
-    engine.prepare(settings)
-    train_pages, val_pages = open_source(settings.data.train, "data.train"), open_source(settings.data.val, "data.val")
-    engine.check_categories(train_pages, val_pages)
-    say(engine.describe(train_pages, val_pages))
-    batches, sampler = train_loader(train_pages, settings)
-    val_batches = evaluation_loader(val_pages, settings)
-
-    model = engine.build(settings, train_pages.categories, device, resumed)
-    teacher = load_teacher(settings, arguments.config, train_pages.categories)
+    data = engine.prepare(settings)
+    model = engine.build(settings, data.categories, device, resumed)
+    teacher = load_teacher(settings, options.config, data.categories)
     teacher.to(device).to(memory_format=torch.channels_last)
     projection = memory_projection(model, teacher).to(device) if "memory" in active(settings.distill, 0) else None
-    run = Run(settings, train_pages.categories, model, device, len(sampler) // settings.train.accumulate, projection)
-    run.open(arguments.resume)
+    run = Run(settings, data, model, device, projection)
+    run.open(options.resume)
     replica = engine.parallel(model, settings.train, device, settings.data.batch_size)
-    projected = engine.replicated(run.auxiliary, device)
+    projected = engine.replicated(run.auxiliary)
 
-    def losses_of(batch: Batch) -> dict[str, torch.Tensor]:
-        noised = freshly_noised(batch.targets, model.classes, settings.model.denoising)
-        weights = active(settings.distill, run.epoch)
-        with engine.autocast(device, settings.train):
-            taught = asked(teacher, batch, noised, weights)
-            output = answered(replica, projected, batch, noised, taught, weights)
-        judged = on_labelled_pages(output, batch.targets) if settings.distill.alpha else output
-        losses = criterion(judged, batch.targets, model.decoder.w, scheduled(settings.loss, run.epoch))
-        losses = {name: settings.distill.beta * loss for name, loss in losses.items()}
-        if taught:
-            w = (model.decoder.w, teacher.decoder.w)
-            losses |= distillation(output, taught, *w, batch.targets, weights, settings.distill, settings.loss.matcher)
-        return losses
+    if run.evaluation_due:  # the run was stopped in this evaluation
+        run.evaluate()
+    for batches in run.steps():  # of one optimizer step; train.accumulate of them
+        losses_of = []
+        for batch in batches:
+            noised = freshly_noised(batch.targets, model.classes, settings.model.denoising)
+            weights = active(settings.distill, run.epoch)
+            with engine.autocast(device, settings.train):
+                taught = teacher_forward(teacher, batch, noised, weights)
+                output = student_forward(replica, projected, batch, noised, taught, weights)
+            judged = on_labelled_pages(output, batch.targets) if settings.distill.alpha else output
+            losses = criterion(judged, batch.targets, model.decoder.w, scheduled(settings.loss, run.epoch))
+            losses = {name: settings.distill.beta * term for name, term in losses.items()}
+            if taught:
+                w = (model.decoder.w, teacher.decoder.w)
+                matcher = settings.loss.matcher
+                losses |= distillation(output, taught, *w, batch.targets, weights, settings.distill, matcher)
+            loss = total(losses)
+            (loss / len(batches)).backward()
+            losses_of.append({"loss": loss, **losses})
+        if run.backbone_frozen:
+            model.backbone.zero_grad()
+        norm = clip_grad_norm_([*model.parameters(), *run.auxiliary.parameters()], settings.train.clip)
+        values = finite_means(run.step, batches, losses_of, norm)
 
-    while not run.done:
-        for _ in engine.train_epoch(run, batches, sampler, losses_of):
-            if run.save_due:
-                run.save()
-            if run.evaluation_due:
-                run.evaluate(val_batches, val_pages)
+        rate = learning_rate(run.step, run.schedule_steps, settings.train)
+        set_learning_rate(run.optimizer, rate)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.ema.update(model, run.step)
+
+        values |= {"learning_rate": rate, "learning_rate_backbone": rate * settings.train.backbone_factor}
+        run.step_done(values)
+        if run.save_due:
+            run.save()
+        if run.evaluation_due:
+            run.evaluate()
     if not run.interrupted:
-        say(run.what_next())
+        distributed.say(run.what_next())
     distributed.finish()
 
 

@@ -167,21 +167,23 @@ def judged(
         the heads' `iou` and the `bins` of each edge (the left one and both weights); `losses`, what the query adds to
         each weighted term of `criterion`: the sums over all queries are the losses of the page.
     """
-    refined, real = output.refined, output.queries.real
-    layers, count = len(refined.logits), real.shape[1]
-    own = match(heads.logits, heads.boxes, [target], config.matcher, config.matcher.encoder_queries, real)
-    pairs = union(own, count, last=layers - 1)
+    refined, valid = output.refined, output.queries.valid
+    layers, count = len(refined.logits), valid.shape[1]
+    matches = match(heads.logits, heads.boxes, [target], config.matcher, config.matcher.encoder_queries, valid)
+    union_pairs = union(matches, count, last=layers - 1)
     matched = torch.full((layers + 2, count), -1)
-    matched[own.layer, own.query] = own.target
-    counts = torch.tensor([len(target.labels), len(pairs.query), int(real.sum()) - len(pairs.query)], dtype=w.dtype)
+    matched[matches.layer, matches.query] = matches.target
+    counts = torch.tensor(
+        [len(target.labels), len(union_pairs.query), int(valid.sum()) - len(union_pairs.query)], dtype=w.dtype
+    )
     share = counts.clamp(min=1)
     normalisers, truth = Normalisers(share[0], share[1], share[1:], counts[1:]), Truth(target.labels, target.boxes)
     verdicts = []
     for q in range(count):
         logits, boxes, edge_logits = (x[:, :, q : q + 1] for x in refined[:3])
         alone = Refinement(logits, boxes, edge_logits, refined.initial_boxes[:, q : q + 1])
-        answers, pair = Prediction(*(x[:, :, q : q + 1] for x in heads)), of_query(pairs, q)
-        terms = supervise(alone, answers, of_query(own, q), pair, truth, w, normalisers, config)
+        answers, pair = Prediction(*(x[:, :, q : q + 1] for x in heads)), of_query(union_pairs, q)
+        terms = supervise(alone, answers, of_query(matches, q), pair, truth, w, normalisers, config)
         losses = {name: rounded(in_time(terms[name]), 6) for name in ("vfl", "l1", "giou")}
         losses |= {"fgl": [None, None, *rounded(terms["fgl"], 6)], "ddf": [None, None, *rounded(terms["ddf"], 6), None]}
         verdict: dict[str, Any] = {"truth": None, "iou": None, "bins": None, "losses": losses}

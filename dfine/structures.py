@@ -64,9 +64,9 @@ class Refinement(NamedTuple):
 class Queries(NamedTuple):
     """Where the matching queries start: everything a second model needs to ask the same questions."""
 
-    cells: Tensor  # (B, Q) int64, places in the memory
+    cells: Tensor  # (B, Q) int64, indices into the memory
     proposal: Tensor  # (B, Q, 4) reference box, detached
-    real: Tensor  # (B, Q) bool: False where a page has fewer cells than there are queries
+    valid: Tensor  # (B, Q) bool: False where a page has fewer cells than there are queries
 
 
 class NoisedTruth(NamedTuple):
@@ -101,7 +101,7 @@ class DFineOutput(NamedTuple):
     initial: Prediction | None = None  # layer 1's plain head; in training mode
     encoder: Prediction | None = None  # the query-selection head; in training mode
     denoising: Denoising | None = None  # where noised truth was passed in
-    shared: Refinement | None = None  # where another model's queries were passed in (distillation)
+    on_teacher_queries: Refinement | None = None  # where a teacher's queries were passed in (distillation)
     cells: Cells | None = None  # where dense answers were asked for
 
 

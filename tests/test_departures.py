@@ -1,7 +1,6 @@
 """Where we depart from the original implementation on purpose: what it does, and why ours differs."""
 
 from itertools import permutations
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,15 +9,16 @@ from tiny import noised, shaken, target, tiny_model
 from torch import Tensor, nn
 
 from dfine import distributed
-from dfine.config import ClassDistillConfig, Config, DistillConfig, LossConfig, MatcherConfig
+from dfine.config import ClassDistillConfig, DistillConfig, LossConfig, MatcherConfig
 from dfine.losses.criterion import criterion
 from dfine.losses.distillation import active, distillation
 from dfine.losses.golsd import union
 from dfine.losses.matcher import match, matching_cost
-from dfine.model.detector import QuerySelection, detect
+from dfine.model.detector import detect
 from dfine.model.hybrid_encoder import sincos_positions
+from dfine.model.query_selection import QuerySelection
 from dfine.structures import Batch, DFineOutput, Matches, Prediction, Queries, Refinement
-from dfine.training.engine import optimize
+from dfine.training.metrics import finite_means
 
 
 def test_row_major_positions():
@@ -84,9 +84,9 @@ def test_queries_without_a_cell_do_not_count():
         terms = distillation(output, teacher, w, w, truth, active(distill, 0), distill, MatcherConfig())
         losses.append(criterion(output, truth, w, LossConfig()) | terms)
     alone, padded = outputs
-    assert alone.queries.real.shape == (1, 126)
-    assert padded.queries.real.shape == (1, 200)
-    assert alone.queries.real.sum() == padded.queries.real.sum() == 126
+    assert alone.queries.valid.shape == (1, 126)
+    assert padded.queries.valid.shape == (1, 200)
+    assert alone.queries.valid.sum() == padded.queries.valid.sum() == 126
     for name, loss in losses[0].items():
         torch.testing.assert_close(losses[1][name], loss, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: name + text)
     found, expected = (detect(output, [page], top=500)[0] for output in (padded, alone))
@@ -169,9 +169,9 @@ def test_nothing_passes_through_nan_to_num_a_loss_that_is_not_finite_stops():
     edges = torch.full_like(output.refined.edge_logits, torch.nan)
     broken = output._replace(refined=output.refined._replace(edge_logits=edges))
     batch = Batch(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), torch.tensor([[64, 64]]), [page])
-    run = SimpleNamespace(config=Config(), model=model, auxiliary=nn.Module(), step=3)
-    with pytest.raises(FloatingPointError, match=r"fgl.*ddf.*17"):
-        optimize(run, [batch], lambda batch: criterion(broken, batch.targets, model.decoder.w, LossConfig()))
+    losses = criterion(broken, [page], model.decoder.w, LossConfig())
+    with pytest.raises(FloatingPointError, match=r"step 3: .*fgl.*ddf.*17"):
+        finite_means(3, [batch], [losses], torch.tensor(1.0))
 
 
 def test_global_normalisers(monkeypatch: pytest.MonkeyPatch):

@@ -20,7 +20,6 @@ from dfine import predict
 from dfine.checkpoints import ours
 from dfine.config import ConfigError, from_dict
 from dfine.model.detector import DFine
-from dfine.training import engine
 from dfine.training.run import Run
 
 CATEGORIES = [{"id": 3, "name": "text"}, {"id": 5, "name": "figure"}]
@@ -128,13 +127,13 @@ def test_a_run_neither_loses_nor_gains_its_projection(folder: Path, uninterrupte
 def test_a_run_goes_on_with_fewer_terms_and_the_means_are_over_the_steps_that_had_them(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = engine.optimize
+    whole = Run.step_done
 
-    def optimize(run: Run, *arguments: Any) -> dict[str, float]:
+    def step_done(run: Run, values: dict[str, float]) -> None:
         run.signalled = run.step == 1
-        return whole(run, *arguments)
+        whole(run, values)
 
-    monkeypatch.setattr(engine, "optimize", optimize)
+    monkeypatch.setattr(Run, "step_done", step_done)
     distill(folder, tmp_path / "run")
     assert state(tmp_path / "run")["step"] == 2
     before = [step["distill_go_lsd"] for step in ours.read(tmp_path / "run" / "last.pt")["since_evaluation"]]

@@ -14,8 +14,9 @@ from dfine.model import hybrid_encoder
 from dfine.model.decoder import DecoderLayer, Gate
 from dfine.model.deformable_attention import DeformableAttention, deformable_attention
 from dfine.model.detector import DFine, detect
-from dfine.model.fdr import LQE, decode, encode, expectation, mlp, soft_bins, weighting_function
+from dfine.model.fdr import LQE, decode, encode, expectation, soft_bins, weighting_function
 from dfine.model.hybrid_encoder import HybridEncoder, sincos_positions
+from dfine.model.layers import mlp
 from dfine.structures import Detections, DFineOutput, Queries, Refinement
 
 # FDR: the original measures offsets in sizes / reg_scale, we in sizes

@@ -16,8 +16,8 @@ from dfine.losses.matcher import match, matching_cost
 from dfine.model.denoising import (
     Noise,
     attention_mask,
-    denoising_matches,
     draw_noise,
+    match_denoising,
     noised_truth,
 )
 from dfine.model.fdr import encode, soft_bins, weighting_function
@@ -63,7 +63,7 @@ def check_groups(golden: Golden, prefix: str, targets: list[Target], noised: Noi
     slots = noised.labels.shape[1]
     golden.check(torch.tensor(noised.groups if slots else 0), f"{prefix}num_group")
     golden.check(torch.tensor([slots, queries]), f"{prefix}num_split")
-    fixed = denoising_matches(targets, noised.groups)
+    fixed = match_denoising(targets, noised.groups)
     for page in golden.cases(f"{prefix}positive_idx."):
         golden.check(fixed.query[fixed.batch == int(page)], f"{prefix}positive_idx.{page}")
 
@@ -267,7 +267,7 @@ def check_bins_of_fgl(golden: Golden, output: DFineOutput, targets: list[Target]
     ]
     check_bins(golden, "mid.fgl.", *soft_bins(torch.cat(offsets), w))
     denoising, truth = output.denoising, torch.cat([target.boxes for target in targets])
-    fixed = denoising_matches(targets, denoising.queries.groups)
+    fixed = match_denoising(targets, denoising.queries.groups)
     offsets = encode(denoising.refined.initial_boxes[fixed.batch, fixed.query], truth[fixed.target])
     check_bins(golden, "mid.fgl_dn.", *soft_bins(offsets.flatten(), w))
     pages, queries = output.refined.logits.shape[1:3]

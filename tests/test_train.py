@@ -4,7 +4,10 @@ import json
 import re
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,9 +15,14 @@ import yaml
 from PIL import Image
 from processes import ends, launch
 from scripts import ROOT, TINY, evaluations, finish, pages, same, start, state, train
+from torch import nn
 
 import evaluate as evaluate_script
+import train as train_script
 from dfine.checkpoints import ours
+from dfine.config import TrainConfig
+from dfine.training import engine, optim
+from dfine.training.run import Run
 
 
 def test_a_run_leaves_config_metrics_checkpoints_and_a_picture(uninterrupted: Path) -> None:
@@ -129,6 +137,99 @@ def test_other_classes_start_anew_and_the_rest_is_loaded(
     }
     assert moved
     assert not any(name.startswith("backbone.") for name in moved)  # it was frozen in this step
+
+
+# A step on a model of three weights, whose gradients can be told in advance
+
+
+class Three(nn.Module):
+    """Its output is the sum of its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(1, 1)
+        self.head = nn.Linear(1, 1, bias=False)
+        self.decoder, self.classes = SimpleNamespace(w=None), 2
+
+    def forward(self, *_: object) -> torch.Tensor:
+        return torch.stack([weight.sum() for weight in self.parameters()]).sum()
+
+
+class Steps(NamedTuple):
+    """What was seen before each optimizer step, and what was logged of it."""
+
+    gradients: list[list[float | None]]
+    rates: list[list[float]]
+    training: list[tuple[bool, bool]]  # the model, its backbone
+    averaged: list[int]
+    values: list[dict[str, float]]
+
+
+@pytest.fixture
+def steps(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Steps]:
+    def take(losses: list[float], *arguments: str) -> Steps:
+        """Trains on batches with these losses, a step for each unless they are accumulated."""
+        model, seen, left = Three(), Steps([], [], [], [], []), iter(losses)
+
+        def see(self: torch.optim.Optimizer) -> None:
+            seen.gradients.append([None if p.grad is None else p.grad.item() for p in model.parameters()])
+            seen.rates.append(sorted(group["lr"] for group in self.param_groups))
+            seen.training.append((model.training, model.backbone.training))
+
+        def losses_of(output: torch.Tensor, *_: object) -> dict[str, torch.Tensor]:
+            x = next(left)
+            fixed = {name: torch.zeros(()) for name in ("vfl", "l1", "giou", "fgl")}
+            return {"a": x * output, "b": 2 * x * torch.ones(2), **fixed}  # b: of two layers
+
+        whole = Run.step_done
+        monkeypatch.setattr(engine, "build", lambda *_: model)
+        monkeypatch.setattr(torch.optim.AdamW, "step", see)
+        monkeypatch.setattr(train_script, "criterion", losses_of)
+        monkeypatch.setattr(optim, "class_dependent", lambda _: [])
+        monkeypatch.setattr(Run, "evaluate", lambda self: setattr(self, "evaluated", self.step))
+        monkeypatch.setattr(Run, "step_done", lambda run, values: (seen.values.append(values), whole(run, values)))
+        monkeypatch.setattr(optim.ModelEmaV3, "update", lambda self, model, step: seen.averaged.append(step))
+        count = len(losses)
+        train(config, tmp_path / "run", "data.batch_size=1", "train.clip=1e9", f"train.max_steps={count}", *arguments)
+        return seen
+
+    return take
+
+
+def test_accumulated_batches_are_averaged(steps: Callable[..., Steps]) -> None:
+    seen = steps([3.0, 5.0, 10.0], "train.accumulate=3", "train.max_steps=1")
+    assert seen.gradients == [pytest.approx([6.0] * 3)]
+    (values,) = seen.values
+    assert values["b"] == pytest.approx(24)
+    assert values["loss"] == pytest.approx(values["a"] + values["b"])
+
+
+def test_gradients_are_clipped_and_what_is_logged_is_their_norm_before(steps: Callable[..., Steps]) -> None:
+    seen = steps([4.0, 0.1], "train.clip=0.5")
+    assert seen.values[0]["gradient_norm"] == pytest.approx(4 * 3**0.5)
+    assert seen.gradients[0] == pytest.approx([0.5 / 3**0.5] * 3)
+    assert seen.gradients[1] == pytest.approx([0.1] * 3)  # shorter ones are not
+
+
+def test_every_step_starts_from_no_gradient_and_is_averaged(steps: Callable[..., Steps]) -> None:
+    seen = steps([1.0, 1.0])
+    assert seen.gradients == [pytest.approx([1.0] * 3)] * 2
+    assert seen.averaged == [0, 1]
+
+
+def test_a_frozen_backbone_gets_no_gradient_and_keeps_its_statistics(steps: Callable[..., Steps]) -> None:
+    seen = steps([1.0, 1.0, 1.0], "train.freeze_backbone_steps=2")
+    assert seen.gradients == [[None, None, 1.0], [None, None, 1.0], [1.0] * 3]
+    assert seen.training == [(True, False), (True, False), (True, True)]
+
+
+def test_every_step_has_the_learning_rate_of_the_schedule(steps: Callable[..., Steps]) -> None:
+    seen = steps([1.0] * 16, "train.backbone_factor=0.1", "train.warmup=0.25")
+    for at in (0, 3, 7, 15):
+        rate = optim.learning_rate(at, 16, TrainConfig(warmup=0.25))
+        assert seen.rates[at] == pytest.approx([0.1 * rate] * 2 + [rate])  # with and without decay
+        assert seen.values[at]["learning_rate"] == rate
+        assert seen.values[at]["learning_rate_backbone"] == pytest.approx(0.1 * rate)
 
 
 PUBLAYNET = ("text", "title", "list", "table", "figure")

@@ -4,6 +4,7 @@ Classes are supervised by each head's own matching, boxes and edges of all heads
 denoising queries by the box they were made from.
 """
 
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from dfine.config import LossConfig
 from dfine.losses.detection import box_losses, fgl, vfl
 from dfine.losses.golsd import ddf, kl_of_edges, union
 from dfine.losses.matcher import match
-from dfine.model.denoising import denoising_matches
+from dfine.model.denoising import match_denoising
 from dfine.model.fdr import encode
 from dfine.structures import DFineOutput, Matches, Prediction, Refinement, Target, send
 
@@ -25,6 +26,20 @@ class Truth(NamedTuple):
 
     labels: Tensor  # (sum T,)
     boxes: Tensor  # (sum T, 4)
+
+
+class Counts(NamedTuple):
+    """What there is in the batches of all processes."""
+
+    boxes: Tensor  # ()
+    pairs: Tensor  # () of the union
+    queries: Tensor  # (2,) matching queries that the union gives a box, and the others
+    slots: Tensor  # (2,) denoising queries that stand for a box, and the others
+
+    @classmethod
+    def of(cls, numbers: Tensor) -> "Counts":
+        """From (5,): the pairs of the union are the matched queries."""
+        return cls(numbers[0], numbers[1], numbers[1:3], numbers[3:5])
 
 
 class Normalisers(NamedTuple):
@@ -47,39 +62,45 @@ def criterion(output: DFineOutput, targets: list[Target], w: Tensor, config: Los
     Raises:
         FloatingPointError: a matching cost is not finite; names head and image id.
     """
-    refined = output.refined
+    refined, valid = output.refined, output.queries.valid
     layers, pages, queries = refined.logits.shape[:3]
-    device = refined.logits.device
     truth = Truth(torch.cat([t.labels for t in targets]), torch.cat([t.boxes for t in targets]))
-
-    heads = stack(refined, output.initial, output.encoder)
-    real = output.queries.real
-    own = match(heads.logits, heads.boxes, targets, config.matcher, config.matcher.encoder_queries, real)
-    pairs = union(own, queries, last=layers - 1)
     groups, slots = 1, 0
     if output.denoising is not None:
         groups, slots = output.denoising.queries.groups, output.denoising.queries.labels.shape[1]
-    fixed = denoising_matches(targets, groups)
 
-    noise_unmatched = pages * slots - len(fixed.query)
-    counts = torch.tensor([len(truth.labels), len(pairs.query), -len(pairs.query), len(fixed.query), noise_unmatched])
-    columns: list[Any] = [counts, *own, *pairs[1:], *fixed[1:]]
-    counts, *indices = send(columns, device)
-    own, pairs, fixed = Matches(*indices[:4]), Matches(None, *indices[4:7]), Matches(None, *indices[7:])
-    counts[2] += real.sum()  # unmatched queries: only the device knows how many there are
-    total = distributed.sum_over_processes(counts.to(w.dtype))
-    share = total.clamp(min=1) / distributed.world_size()
-    normalisers = Normalisers(share[0], share[1], share[1:3], total[1:3])
-    terms = supervise(refined, heads, own, pairs, truth, w, normalisers, config)
-    losses = name(terms, layers, ("", "_initial", "_encoder"))
+    heads = stack(refined, output.initial, output.encoder)
+    matches = match(heads.logits, heads.boxes, targets, config.matcher, config.matcher.encoder_queries, valid)
+    union_pairs = union(matches, queries, last=layers - 1)
+    denoising_matches = match_denoising(targets, groups)
+    pairs, positives = len(union_pairs.query), len(denoising_matches.query)
+    numbers = torch.tensor([len(truth.labels), pairs, pairs, positives, pages * slots - positives])
+
+    columns: list[Any] = [numbers, *matches, *union_pairs[1:], *denoising_matches[1:]]
+    sent = iter(send(columns, valid.device))  # in one copy
+    numbers, matches = next(sent), Matches(*islice(sent, 4))
+    union_pairs, denoising_matches = Matches(None, *islice(sent, 3)), Matches(None, *islice(sent, 3))
+    numbers[2] = valid.sum() - numbers[2]  # only the device knows how many queries are valid
+    numbers = distributed.sum_over_processes(numbers.to(w.dtype))
+    counts = Counts.of(numbers)
+    shares = Counts.of(numbers.clamp(min=1) / distributed.world_size())
+
+    normalisers = Normalisers(shares.boxes, shares.pairs, shares.queries, counts.queries)
+    terms = supervise(refined, heads, matches, union_pairs, truth, w, normalisers, config)
+    losses = split_heads(terms, layers, ("", "_initial", "_encoder"))
     if output.denoising is not None:
-        heads = stack(output.denoising.refined, output.denoising.initial)
-        normalisers = Normalisers(share[0] * groups, share[0] * groups, share[3:5], total[1:3])
-        terms = supervise(
-            output.denoising.refined, heads, every_head(fixed, layers + 1), fixed, truth, w, normalisers, config
-        )
-        losses |= name(terms, layers, ("_denoising", "_denoising_initial"))
+        refined, heads = output.denoising.refined, stack(output.denoising.refined, output.denoising.initial)
+        matches = every_head(denoising_matches, layers + 1)
+        # DDF's two means are combined as those of the matching queries are: so the original does.
+        normalisers = Normalisers(shares.boxes * groups, shares.boxes * groups, shares.slots, counts.queries)
+        terms = supervise(refined, heads, matches, denoising_matches, truth, w, normalisers, config)
+        losses |= split_heads(terms, layers, ("_denoising", "_denoising_initial"))
     return losses
+
+
+def total(losses: dict[str, Tensor]) -> Tensor:
+    """The sum of all terms of `criterion` -> ()."""
+    return torch.stack([loss.sum() for loss in losses.values()]).sum()
 
 
 def scheduled(config: LossConfig, epoch: float) -> LossConfig:
@@ -92,19 +113,24 @@ def scheduled(config: LossConfig, epoch: float) -> LossConfig:
 def supervise(
     refined: Refinement,
     heads: Prediction,
-    own: Matches,
-    pairs: Matches,
+    matches: Matches,
+    union_pairs: Matches,
     truth: Truth,
     w: Tensor,
     normalisers: Normalisers,
     config: LossConfig,
 ) -> dict[str, Tensor]:
-    """The weighted terms of one set of queries, a number a head: `own` supervises classes, `pairs` boxes and edges."""
-    ious = iou(heads.boxes.detach()[own.layer, own.batch, own.query], truth.boxes[own.target])  # (K,)
-    classes = vfl(heads.logits, own, truth.labels[own.target], ious)
+    """The weighted terms of one set of queries, a number a head.
 
-    at = (slice(None), pairs.batch, pairs.query)  # the pairs' predictions, in every head
-    paired_truth = truth.boxes[pairs.target]  # (P, 4)
+    Args:
+        refined: the layers. heads: all of them and the plain heads, stacked.
+        matches: of each head, for classes. union_pairs: for boxes and edges of all heads.
+    """
+    ious = iou(heads.boxes.detach()[matches.layer, matches.batch, matches.query], truth.boxes[matches.target])  # (K,)
+    classes = vfl(heads.logits, matches, truth.labels[matches.target], ious)
+
+    at = (slice(None), union_pairs.batch, union_pairs.query)  # the pairs' predictions, in every head
+    paired_truth = truth.boxes[union_pairs.target]  # (P, 4)
     l1, giou, pair_ious = box_losses(heads.boxes[at], paired_truth)  # (H,), (H,), (H, P)
 
     offsets = encode(refined.initial_boxes[at[1:]], paired_truth)  # (P, 4)
@@ -140,7 +166,7 @@ def every_head(matches: Matches, heads: int) -> Matches:
     return Matches(layer, *(index.repeat(heads) for index in matches[1:]))
 
 
-def name(terms: dict[str, Tensor], layers: int, suffixes: tuple[str, ...]) -> dict[str, Tensor]:
+def split_heads(terms: dict[str, Tensor], layers: int, suffixes: tuple[str, ...]) -> dict[str, Tensor]:
     """Takes the stacked heads apart: the layers under the first suffix, each plain head under its own."""
     losses = {f"{term}{suffixes[0]}": values[:layers] for term, values in terms.items()}
     for i, suffix in enumerate(suffixes[1:], start=layers):

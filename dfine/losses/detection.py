@@ -45,7 +45,7 @@ def box_losses(boxes: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fgl(edge_logits: Tensor, offsets: Tensor, w: Tensor, weight: Tensor) -> Tensor:
-    """Fine-grained localization loss (section 4.1): cross-entropy on the two bins around the true offset of each edge.
+    """Fine-grained localization loss (Eq. 4): cross-entropy on the two bins around the true offset of each edge.
 
     Args:
         edge_logits: (L, P, 4, N + 1). offsets: (P, 4) true offsets from the initial box. w: (N + 1,).

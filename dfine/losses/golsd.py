@@ -47,7 +47,7 @@ def kl_of_edges(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
 
 
 def ddf(kl: Tensor, weight: Tensor, matched: Tensor, normalisers: Tensor, shares: Tensor) -> Tensor:
-    """Decoupled distillation focal loss (section 4.2): matched and unmatched queries are averaged apart, then combined.
+    """Decoupled distillation focal loss (Eq. 5): matched and unmatched queries are averaged apart, then combined.
 
     Args:
         kl: (L, B, Q) divergence of a query's four edges. weight: (L, B, Q), detached: IoU where matched, else the

@@ -3,17 +3,15 @@
 import difflib
 import inspect
 import math
-from collections import Counter
 from typing import Any
 
 import timm
 import torch
 from timm.layers import Format, is_fast_norm, set_fast_norm
-from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import Tensor, nn
 
 from dfine.config import BackboneConfig, ConfigError
-from dfine.model.depthwise import faster_depthwise
+from dfine.model.cpu_kernels import faster_depthwise
 from dfine.model.pyramid import SOURCE
 
 
@@ -68,68 +66,16 @@ class Backbone(nn.Module):
         training = self.training
         self.eval()  # leaves batch-norm statistics alone
         with torch.enable_grad():
-            total = torch.stack([x.sum() for x in self(self._random_page())]).sum()
+            total = torch.stack([x.sum() for x in self(self.random_page())]).sum()
         self.train(training)
         weights = list(self.parameters())
         for weight, gradient in zip(weights, torch.autograd.grad(total, weights, allow_unused=True), strict=True):
             weight.requires_grad_(gradient is not None)
 
-    def merge(self) -> None:
-        """Lets convolutions do what the batch norms right behind them do in evaluation mode.
-
-        Which those are is read off the traced graph. A backbone keeps its batch norms where it cannot be traced, and
-        where the graph does not tell all: maps may be read by hooks, and a random page comes out otherwise.
-        """
-        if not any(isinstance(module, nn.BatchNorm2d) for module in self.modules()):
-            return
-        try:
-            nodes = ConvNormTracer().trace(self.body).nodes
-        except (fx.proxy.TraceError, TypeError, RuntimeError):  # its forward depends on what it is fed
-            return
-        before, replaced = self._maps_of_random_page(), dict[str, nn.Module]()
-        for node in nodes:
-            source = node.args[0] if node.op == "call_module" else None
-            if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) > 1:
-                continue
-            conv, norm = self.body.get_submodule(source.target), self.body.get_submodule(node.target)
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                replaced = {source.target: conv, node.target: norm} | replaced
-                self.body.set_submodule(source.target, fuse_conv_bn_eval(conv, norm))
-                # timm's batch norms may hold their activation.
-                self.body.set_submodule(node.target, getattr(norm, "act", nn.Identity()))
-        pairs = zip(before, self._maps_of_random_page(), strict=True)
-        if not all((a - b).abs().max() <= 1e-3 * a.abs().max() for a, b in pairs):
-            for name, module in replaced.items():
-                self.body.set_submodule(name, module)
-
-    @torch.no_grad()
-    def _maps_of_random_page(self) -> list[Tensor]:
-        with torch.backends.cudnn.flags(allow_tf32=False):  # its rounding would hide small differences
-            return self(self._random_page())
-
-    def _random_page(self) -> Tensor:
+    def random_page(self) -> Tensor:
         """Normalised noise in the size of timm's weights. Leaves torch's global generator alone."""
         page = torch.randn(1, 3, self.side, self.side, generator=torch.Generator().manual_seed(0))
         return page.to(next(self.parameters()))
-
-
-def repeated(module: nn.Module) -> list[nn.Module]:
-    """The blocks of a model: the modules of one class that make up a chain, such as a stage of a ConvNeXt."""
-    if isinstance(module, nn.Sequential | nn.ModuleList):
-        blocks = Counter(type(part) for part in module if not isinstance(part, nn.Sequential) and any(part.children()))
-        kind, count = max(blocks.items(), key=lambda item: item[1], default=(None, 0))
-        if count > 1:
-            return [part for part in module if type(part) is kind]
-    return [block for part in module.children() for block in repeated(part)]
-
-
-class ConvNormTracer(fx.Tracer):
-    """Records convolutions and batch norms as calls, also those that timm derives from torch's."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        # timm's layer norms ask for autocast, which depends on the device of what they are fed.
-        whole = isinstance(m, nn.Conv2d | nn.BatchNorm2d | nn.LayerNorm)
-        return whole or super().is_leaf_module(m, module_qualified_name)
 
 
 def _create(config: BackboneConfig, **kwargs: Any) -> Any:

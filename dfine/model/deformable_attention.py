@@ -1,126 +1,13 @@
 """Multi-scale deformable attention: each query reads the memory at a few points around its reference box."""
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from dfine.boxes import full_precision
-
-
-def deformable_attention(
-    value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor, points: tuple[int, ...]
-) -> Tensor:
-    """Weighted sum of bilinear samples (arXiv 2010.04159, Eq. 3; without its projections).
-
-    Args:
-        value: (B, S, heads, D / heads), levels one after the other, row-major inside a level.
-        shapes: height, width of each level.
-        locations: (B, Q, heads, P, 2) x, y; 0 and 1 are the outer borders of the map, outside it everything is 0.
-        weights: (B, Q, heads, P).
-        points: how many of the P points lie on each level, in order.
-    Returns:
-        (B, Q, D)
-    """
-    value = value.to(locations.dtype)  # half-precision locations would be off by a tenth of a cell and more
-    plain = value.device.type != "cpu" or torch.onnx.is_in_onnx_export()
-    read = by_grid_sample if plain else by_embedding_bag
-    return read(value, shapes, locations, weights.to(value.dtype), points)
-
-
-def readable(memory: Tensor) -> Tensor:
-    """The memory (B, S, D) as `deformable_attention` reads it; made once, it serves all layers.
-
-    In fp32, and on a GPU with the cells of a channel side by side, from where `by_grid_sample` need not copy them.
-    """
-    if memory.device.type == "cpu":
-        return full_precision(memory)
-    dtype = torch.promote_types(memory.dtype, torch.float32)
-    return memory.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).contiguous().transpose(1, 2)
-
-
-def by_grid_sample(
-    value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor, points: tuple[int, ...]
-) -> Tensor:
-    """`deformable_attention` level by level: the plain form."""
-    batch, _, heads, width = value.shape
-    levels = value.permute(0, 2, 3, 1).flatten(0, 1).split([h * w for h, w in shapes], dim=-1)
-    grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1).split(points, dim=2)
-    sampled = [  # (B heads, D / heads, Q, points of the level) each
-        F.grid_sample(level.unflatten(-1, shape), grid, align_corners=False)
-        for level, shape, grid in zip(levels, shapes, grids, strict=True)
-    ]
-    weights = weights.transpose(1, 2).flatten(0, 1)[:, None]  # (B heads, 1, Q, P)
-    attended = (torch.cat(sampled, dim=-1) * weights).sum(-1)  # (B heads, D / heads, Q)
-    return attended.view(batch, heads * width, -1).transpose(1, 2)
-
-
-def by_embedding_bag(
-    value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor, points: tuple[int, ...]
-) -> Tensor:
-    """`deformable_attention` as one weighted sum of memory cells for each query and head: 4 cells around each point.
-
-    The same numbers. On a CPU it is faster, at heads of 24 and 32 channels 5 to 8 times, with the backward pass 1.9 to
-    2.3 times: a cell's channels lie side by side.
-    """
-    batch, cells, heads, width = value.shape
-    levels = [(h, w, sum(a * b for a, b in shapes[:level])) for level, (h, w) in enumerate(shapes)]
-    each = [level for level, p in zip(levels, points, strict=True) for _ in range(p)]
-    height, columns, start = torch.tensor(each, dtype=torch.int32).unbind(1)  # (P,) each
-    x, left, right = between_cells(locations[..., 0], columns)  # (B, Q, heads, P) each
-    y, upper, lower = between_cells(locations[..., 1], height)
-    page = torch.arange(batch, dtype=torch.int32)[:, None, None, None] * cells
-    row = (page + start + y * columns + x) * heads + torch.arange(heads, dtype=torch.int32)[:, None]
-    down = columns * heads
-    rows = torch.cat([row, row + heads, row + down, row + down + heads], dim=-1)  # (B, Q, heads, 4 P)
-    rows = rows.clamp_(0, batch * cells * heads - 1)  # a cell outside its map has share 0: any row will do
-    upper, lower = weights * upper, weights * lower
-    shares = torch.cat([upper * left, upper * right, lower * left, lower * right], dim=-1)
-    attended = WeightedSum.apply(value.reshape(-1, width), rows.flatten(0, 2), shares.flatten(0, 2))
-    return attended.view(batch, -1, heads * width)
-
-
-class WeightedSum(torch.autograd.Function):
-    """(R, W) values, (N, K) int32 rows of them, (N, K) shares -> (N, W) sums of a row's shares of its values.
-
-    `F.embedding_bag` on a CPU, but for the gradient of the values, which is such a sum as well: of the gradients of all
-    sums that a value went into. torch's own adds them up one by one, which takes up to twice as long.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
-        ctx.save_for_backward(values, rows, shares)
-        return F.embedding_bag(rows, values, mode="sum", per_sample_weights=shares)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, Tensor]:
-        """(N, W) -> (R, W) of the values, (N, K) of the shares."""
-        values, rows, shares = ctx.saved_tensors
-        sorted_rows, order = rows.flatten().sort()
-        starts = torch.searchsorted(sorted_rows, torch.arange(len(values), dtype=torch.int32), out_int32=True)
-        readers, their_shares = order.int() // rows.shape[1], shares.flatten()[order]
-        to_values = F.embedding_bag(readers, g, starts, mode="sum", per_sample_weights=their_shares)
-        sums = torch.arange(len(rows), dtype=torch.int32)
-        to_shares = torch.ops.aten._embedding_bag_per_sample_weights_backward(  # as torch's own embedding bag
-            g, values, rows.flatten(), sums * rows.shape[1], sums.repeat_interleave(rows.shape[1]), mode=0
-        )
-        return to_values, None, to_shares.view_as(shares)
-
-
-def between_cells(location: Tensor, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Along one axis: the last cell centred before a location, that cell's share, and the next one's.
-
-    A cell outside the map has share 0.
-    """
-    place = location * cells - 0.5  # 0 is the centre of the first cell
-    low = place.detach().floor().clamp(min=-2).minimum(cells)
-    far = place - low
-    near = (1 - far) * ((low >= 0) & (low < cells))
-    return low.int(), near, far * ((low >= -1) & (low < cells - 1))
+from dfine.model.cpu_kernels import by_embedding_bag
 
 
 class DeformableAttention(nn.Module):
@@ -183,3 +70,50 @@ class DeformableAttention(nn.Module):
         weights = full_precision(self.weights(query)).view(shape).softmax(-1)  # (B, Q, heads, P)
         centre, size = reference[:, :, None, None, :2], reference[:, :, None, None, 2:]  # (B, Q, 1, 1, 2)
         return centre + offsets * self.point_scale * size, weights
+
+
+def deformable_attention(
+    value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor, points: tuple[int, ...]
+) -> Tensor:
+    """Weighted sum of bilinear samples (arXiv 2010.04159, Eq. 3; without its projections).
+
+    Args:
+        value: (B, S, heads, D / heads), levels one after the other, row-major inside a level.
+        shapes: height, width of each level.
+        locations: (B, Q, heads, P, 2) x, y; 0 and 1 are the outer borders of the map, outside it everything is 0.
+        weights: (B, Q, heads, P).
+        points: how many of the P points lie on each level, in order.
+    Returns:
+        (B, Q, D)
+    """
+    value = value.to(locations.dtype)  # half-precision locations would be off by a tenth of a cell and more
+    plain = value.device.type != "cpu" or torch.onnx.is_in_onnx_export()
+    read = by_grid_sample if plain else by_embedding_bag
+    return read(value, shapes, locations, weights.to(value.dtype), points)
+
+
+def by_grid_sample(
+    value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor, points: tuple[int, ...]
+) -> Tensor:
+    """`deformable_attention` level by level: the plain form."""
+    batch, _, heads, width = value.shape
+    levels = value.permute(0, 2, 3, 1).flatten(0, 1).split([h * w for h, w in shapes], dim=-1)
+    grids = (2 * locations - 1).transpose(1, 2).flatten(0, 1).split(points, dim=2)
+    sampled = [  # (B heads, D / heads, Q, points of the level) each
+        F.grid_sample(level.unflatten(-1, shape), grid, align_corners=False)
+        for level, shape, grid in zip(levels, shapes, grids, strict=True)
+    ]
+    weights = weights.transpose(1, 2).flatten(0, 1)[:, None]  # (B heads, 1, Q, P)
+    attended = (torch.cat(sampled, dim=-1) * weights).sum(-1)  # (B heads, D / heads, Q)
+    return attended.view(batch, heads * width, -1).transpose(1, 2)
+
+
+def readable(memory: Tensor) -> Tensor:
+    """The memory (B, S, D) as `deformable_attention` reads it; made once, it serves all layers.
+
+    In fp32, and on a GPU with the cells of a channel side by side, from where `by_grid_sample` need not copy them.
+    """
+    if memory.device.type == "cpu":
+        return full_precision(memory)
+    dtype = torch.promote_types(memory.dtype, torch.float32)
+    return memory.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).contiguous().transpose(1, 2)

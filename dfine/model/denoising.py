@@ -16,6 +16,14 @@ from dfine.config import DenoisingConfig
 from dfine.structures import Matches, NoisedTruth, Target
 
 
+def freshly_noised(targets: list[Target], classes: int, config: DenoisingConfig) -> NoisedTruth | None:
+    """The denoising queries of a batch, from new noise; None where there shall be none."""
+    if config.queries == 0:
+        return None
+    noise = draw_noise(targets, config.queries, classes)
+    return noised_truth(targets, noise, config.queries, classes, config.label_noise, config.box_noise)
+
+
 class Noise(NamedTuple):
     """Everything random about a batch's denoising queries; K = 2 M groups slots."""
 
@@ -23,16 +31,6 @@ class Noise(NamedTuple):
     new_label: Tensor  # (B, K) int64, uniform over the classes
     sign: Tensor  # (B, K, 4) -1 or 1, of x1, y1, x2, y2
     size: Tensor  # (B, K, 4) uniform in [0, 1)
-
-
-def most_boxes(targets: list[Target]) -> int:
-    """M: the most boxes of any page."""
-    return max((len(target.labels) for target in targets), default=0)
-
-
-def group_count(targets: list[Target], queries: int) -> int:
-    """max(1, queries // M): about `queries` positives in all."""
-    return max(1, queries // max(1, most_boxes(targets)))
 
 
 def draw_noise(targets: list[Target], queries: int, classes: int) -> Noise:
@@ -74,12 +72,14 @@ def noised_truth(
     return NoisedTruth(torch.where(redraw, noise.new_label, labels), noised, groups)
 
 
-def freshly_noised(targets: list[Target], classes: int, config: DenoisingConfig) -> NoisedTruth | None:
-    """The denoising queries of a batch, from new noise; None where there shall be none."""
-    if config.queries == 0:
-        return None
-    noise = draw_noise(targets, config.queries, classes)
-    return noised_truth(targets, noise, config.queries, classes, config.label_noise, config.box_noise)
+def group_count(targets: list[Target], queries: int) -> int:
+    """max(1, queries // M): about `queries` positives in all."""
+    return max(1, queries // max(1, most_boxes(targets)))
+
+
+def most_boxes(targets: list[Target]) -> int:
+    """M: the most boxes of any page."""
+    return max((len(target.labels) for target in targets), default=0)
 
 
 def attention_mask(slots: int, groups: int, queries: int, device: torch.device) -> Tensor:
@@ -95,7 +95,7 @@ def attention_mask(slots: int, groups: int, queries: int, device: torch.device) 
     return (group[:, None] != group) & (group < groups)
 
 
-def denoising_matches(targets: list[Target], groups: int) -> Matches:
+def match_denoising(targets: list[Target], groups: int) -> Matches:
     """The fixed assignment: in every group the j-th positive of a page belongs to its j-th box. On the CPU."""
     most = most_boxes(targets)
     batch, query, target, first = [], [], [], 0

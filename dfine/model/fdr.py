@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dfine.boxes import full_precision, xyxy_to_cxcywh
+from dfine.model.layers import mlp, zero_last
 
 
 def weighting_function(bins: int, a: float, c: float) -> Tensor:
@@ -71,38 +72,6 @@ def soft_bins(offsets: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     left = (torch.searchsorted(w, offsets.contiguous(), right=True) - 1).clamp(0, len(w) - 2)
     right_weight = ((offsets - w[left]) / (w[left + 1] - w[left])).clamp(0, 1)
     return left, 1 - right_weight, right_weight
-
-
-def mlp(*widths: int) -> nn.Sequential:
-    """Linear layers of the given widths with ReLU between them."""
-    layers: list[nn.Module] = []
-    for i in range(len(widths) - 1):
-        layers += [nn.Linear(widths[i], widths[i + 1]), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers[:-1])
-
-
-class FullPrecision(nn.Sequential):
-    """Layers that autocast leaves in fp32, for boxes: bf16 keeps a place on the page to 1 part in 256 to 512."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        device = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"
-        with torch.autocast(device, enabled=False):
-            return super().forward(full_precision(x))
-
-
-def zero_last(layers: nn.Sequential) -> nn.Sequential:
-    """The MLP, made to answer 0 until it is trained."""
-    for parameter in layers[-1].parameters():
-        nn.init.zeros_(parameter)
-    return layers
-
-
-def xavier(layers: nn.Sequential) -> nn.Sequential:
-    """The layers with Xavier-uniform weights."""
-    for parameter in layers.parameters():
-        if parameter.dim() > 1:
-            nn.init.xavier_uniform_(parameter)
-    return layers
 
 
 class LQE(nn.Module):

@@ -5,114 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-
-def sincos_positions(height: int, width: int, dim: int, device: torch.device | None = None) -> Tensor:
-    """2-d positions of a row-major grid -> (height * width, dim) fp32.
-
-    With f_j = 10000^(-j / (dim / 4)) a cell is [sin(row f), cos(row f), sin(column f), cos(column f)].
-    The original flattens this grid column-major under row-major tokens, which on a map that is not square gives
-    a cell the position of another one; on squares the two are the same numbers.
-    """
-    frequencies = 10000.0 ** -(torch.arange(dim // 4, device=device) / (dim // 4))
-    row, column = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
-    row, column = row.flatten()[:, None] * frequencies, column.flatten()[:, None] * frequencies
-    return torch.cat([row.sin(), row.cos(), column.sin(), column.cos()], dim=-1)
-
-
-class ConvNorm(nn.Sequential):
-    """Convolution without bias that keeps the size (at stride 1), batch norm, and an activation if one is given."""
-
-    def __init__(
-        self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, act: nn.Module | None = None
-    ) -> None:
-        conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
-        super().__init__(conv, nn.BatchNorm2d(outputs), *([act] if act else []))
-
-    def merge(self) -> None:
-        """Lets the convolution do what the batch norm does in evaluation mode."""
-        conv, norm = self[0], self[1]
-        if isinstance(norm, nn.Identity):  # it has been done
-            return
-        assert isinstance(conv, nn.Conv2d)
-        assert isinstance(norm, nn.BatchNorm2d)
-        self[0], self[1] = fuse_conv_bn_eval(conv, norm), nn.Identity()
-
-
-class RepVGG(nn.Module):
-    """SiLU of a 3x3 plus a 1x1 convolution; `merge` makes them one for inference (arXiv 2101.03697)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.conv3 = ConvNorm(dim, dim, 3)
-        self.conv1: ConvNorm | None = ConvNorm(dim, dim, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(self.conv3(x) if self.conv1 is None else self.conv3(x) + self.conv1(x))
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Adds the 1x1 convolution to the middle of the 3x3; both must have taken in their batch norms."""
-        if self.conv1 is None:  # it has been done
-            return
-        weight, bias = self.conv1[0].parameters()
-        self.conv3[0].get_parameter("weight")[:, :, 1:2, 1:2].add_(weight)
-        self.conv3[0].get_parameter("bias").add_(bias)
-        self.conv1 = None
-
-
-class CSP(nn.Module):
-    """The sum of two branches: a 1x1 convolution followed by RepVGG blocks, and a 1x1 convolution alone."""
-
-    def __init__(self, inputs: int, outputs: int, blocks: int) -> None:
-        super().__init__()
-        self.deep = nn.Sequential(
-            ConvNorm(inputs, outputs, 1, act=nn.SiLU()), *(RepVGG(outputs) for _ in range(blocks))
-        )
-        self.shallow = ConvNorm(inputs, outputs, 1, act=nn.SiLU())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.deep(x) + self.shallow(x)
-
-
-class RepNCSPELAN4(nn.Module):
-    """GELAN's fusion block (YOLOv9, arXiv 2402.13616): everything computed on the way is concatenated."""
-
-    def __init__(self, inputs: int, outputs: int, hidden: int, blocks: int) -> None:
-        super().__init__()
-        self.stem = ConvNorm(inputs, inputs, 1, act=nn.SiLU())
-        self.first = nn.Sequential(CSP(inputs // 2, hidden, blocks), ConvNorm(hidden, hidden, 3, act=nn.SiLU()))
-        self.second = nn.Sequential(CSP(hidden, hidden, blocks), ConvNorm(hidden, hidden, 3, act=nn.SiLU()))
-        self.head = ConvNorm(inputs + 2 * hidden, outputs, 1, act=nn.SiLU())
-
-    def forward(self, x: Tensor) -> Tensor:
-        passed, worked = self.stem(x).chunk(2, dim=1)  # (B, inputs / 2, H, W) each
-        first = self.first(worked)  # (B, hidden, H, W)
-        second = self.second(first)  # (B, hidden, H, W)
-        return self.head(torch.cat([passed, worked, first, second], dim=1))  # (B, outputs, H, W)
-
-
-class AIFI(nn.Module):
-    """One post-norm transformer layer over the cells of a map; padding is not attended to."""
-
-    def __init__(self, dim: int, heads: int, feedforward_dim: int) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
-        self.norm1 = nn.LayerNorm(dim)
-        self.feedforward = nn.Sequential(nn.Linear(dim, feedforward_dim), nn.GELU(), nn.Linear(feedforward_dim, dim))
-        self.norm2 = nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor, on_page: Tensor | None = None) -> Tensor:
-        """(B, D, H, W), (B, H * W) True on the page -> (B, D, H, W)"""
-        height, width = x.shape[-2:]
-        tokens = x.flatten(2).transpose(1, 2)  # (B, H * W, D)
-        query = tokens + sincos_positions(height, width, tokens.shape[-1], x.device).to(x.dtype)  # (B, H * W, D)
-        padding = None if on_page is None else ~on_page
-        attended = self.attention(query, query, tokens, key_padding_mask=padding, need_weights=False)[0]
-        tokens = self.norm1(tokens + attended)
-        tokens = self.norm2(tokens + self.feedforward(tokens))
-        return tokens.transpose(1, 2).unflatten(-1, (height, width))
+from dfine.model.layers import ConvNorm
 
 
 class HybridEncoder(nn.Module):
@@ -157,3 +51,81 @@ class HybridEncoder(nn.Module):
         for i, upper in enumerate(reversed(uppers)):
             outputs.append(self.bottom_up[i](torch.cat([self.downsamples[i](outputs[-1]), upper], dim=1)))
         return outputs
+
+
+class AIFI(nn.Module):
+    """One post-norm transformer layer over the cells of a map; padding is not attended to."""
+
+    def __init__(self, dim: int, heads: int, feedforward_dim: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.norm1 = nn.LayerNorm(dim)
+        self.feedforward = nn.Sequential(nn.Linear(dim, feedforward_dim), nn.GELU(), nn.Linear(feedforward_dim, dim))
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, on_page: Tensor | None = None) -> Tensor:
+        """(B, D, H, W), (B, H * W) True on the page -> (B, D, H, W)"""
+        height, width = x.shape[-2:]
+        tokens = x.flatten(2).transpose(1, 2)  # (B, H * W, D)
+        query = tokens + sincos_positions(height, width, tokens.shape[-1], x.device).to(x.dtype)  # (B, H * W, D)
+        padding = None if on_page is None else ~on_page
+        attended = self.attention(query, query, tokens, key_padding_mask=padding, need_weights=False)[0]
+        tokens = self.norm1(tokens + attended)
+        tokens = self.norm2(tokens + self.feedforward(tokens))
+        return tokens.transpose(1, 2).unflatten(-1, (height, width))
+
+
+def sincos_positions(height: int, width: int, dim: int, device: torch.device | None = None) -> Tensor:
+    """2-d positions of a row-major grid -> (height * width, dim) fp32.
+
+    With f_j = 10000^(-j / (dim / 4)) a cell is [sin(row f), cos(row f), sin(column f), cos(column f)].
+    The original flattens this grid column-major under row-major tokens, which on a map that is not square gives
+    a cell the position of another one; on squares the two are the same numbers.
+    """
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, device=device) / (dim // 4))
+    row, column = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
+    row, column = row.flatten()[:, None] * frequencies, column.flatten()[:, None] * frequencies
+    return torch.cat([row.sin(), row.cos(), column.sin(), column.cos()], dim=-1)
+
+
+class RepNCSPELAN4(nn.Module):
+    """GELAN's fusion block (YOLOv9, arXiv 2402.13616): everything computed on the way is concatenated."""
+
+    def __init__(self, inputs: int, outputs: int, hidden: int, blocks: int) -> None:
+        super().__init__()
+        self.stem = ConvNorm(inputs, inputs, 1, act=nn.SiLU())
+        self.first = nn.Sequential(CSP(inputs // 2, hidden, blocks), ConvNorm(hidden, hidden, 3, act=nn.SiLU()))
+        self.second = nn.Sequential(CSP(hidden, hidden, blocks), ConvNorm(hidden, hidden, 3, act=nn.SiLU()))
+        self.head = ConvNorm(inputs + 2 * hidden, outputs, 1, act=nn.SiLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        passed, worked = self.stem(x).chunk(2, dim=1)  # (B, inputs / 2, H, W) each
+        first = self.first(worked)  # (B, hidden, H, W)
+        second = self.second(first)  # (B, hidden, H, W)
+        return self.head(torch.cat([passed, worked, first, second], dim=1))  # (B, outputs, H, W)
+
+
+class CSP(nn.Module):
+    """The sum of two branches: a 1x1 convolution followed by RepVGG blocks, and a 1x1 convolution alone."""
+
+    def __init__(self, inputs: int, outputs: int, blocks: int) -> None:
+        super().__init__()
+        self.deep = nn.Sequential(
+            ConvNorm(inputs, outputs, 1, act=nn.SiLU()), *(RepVGG(outputs) for _ in range(blocks))
+        )
+        self.shallow = ConvNorm(inputs, outputs, 1, act=nn.SiLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.deep(x) + self.shallow(x)
+
+
+class RepVGG(nn.Module):
+    """SiLU of a 3x3 plus a 1x1 convolution; `deploy` makes them one (arXiv 2101.03697)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv3 = ConvNorm(dim, dim, 3)
+        self.conv1: ConvNorm | None = ConvNorm(dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(self.conv3(x) if self.conv1 is None else self.conv3(x) + self.conv1(x))

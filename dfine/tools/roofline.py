@@ -28,8 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from dfine.config import Config
 from dfine.losses import criterion
 from dfine.model import decoder, deformable_attention
+from dfine.model.cpu_kernels import DepthwiseConv2d
 from dfine.model.denoising import freshly_noised
-from dfine.model.depthwise import DepthwiseConv2d
 from dfine.model.detector import DFine
 from dfine.structures import Batch, Matches
 from dfine.tools.workload import CLASSES, Case, built, made_up, step

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dfine import config as configs
 from dfine.config import Config
 from dfine.losses.criterion import criterion
-from dfine.losses.distillation import active, answered, asked, distillation
+from dfine.losses.distillation import active, distillation, student_forward, teacher_forward
 from dfine.model.denoising import freshly_noised
 from dfine.model.detector import DFine
 from dfine.structures import Batch, DFineOutput, Target
@@ -74,9 +74,9 @@ def distilled_loss(
     noised = freshly_noised(batch.targets, model.classes, settings.model.denoising)
     weights = active(settings.distill, settings.distill.go_lsd.start_epoch)
     with autocast(model.mean.device, settings.train):
-        taught = asked(teacher, batch, noised, weights)
+        taught = teacher_forward(teacher, batch, noised, weights)
         watch.mark("of which the teacher's forward pass")
-        output = answered(model, projection, batch, noised, taught, weights)
+        output = student_forward(model, projection, batch, noised, taught, weights)
     assert taught is not None, "no term has a weight"
     w = (model.decoder.w, teacher.decoder.w)
     losses = distillation(output, taught, *w, batch.targets, weights, settings.distill, settings.loss.matcher)

@@ -1,12 +1,32 @@
-"""metrics.jsonl: a line for each evaluation of a run, with the means of its steps since the last one."""
+"""The values of a step, and metrics.jsonl: a line for each evaluation, with the means of the steps since the last."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from dfine.config import ConfigError
+from dfine.structures import Batch
+
+
+def finite_means(step: int, batches: list[Batch], losses: list[dict[str, Tensor]], norm: Tensor) -> dict[str, float]:
+    """The mean of every loss over the batches of a step, and the gradient norm; copied from a GPU at once.
+
+    Args:
+        losses: of each batch, the same names in each; a tensor of several numbers counts as their sum.
+    Raises:
+        FloatingPointError: one is not finite; names it, the step and the image ids.
+    """
+    means = {name: torch.stack([each[name].detach().sum() for each in losses]).mean() for name in losses[0]}
+    values = dict(zip([*means, "gradient_norm"], torch.stack([*means.values(), norm]).tolist(), strict=True))
+    wrong = [name for name, value in values.items() if not np.isfinite(value)]
+    if wrong:
+        pages = [target.image_id for batch in batches for target in batch.targets]
+        raise FloatingPointError(f"step {step}: not finite: {', '.join(wrong)}; image ids {pages}")
+    return values
 
 
 def append(path: Path, line: dict[str, Any]) -> None:

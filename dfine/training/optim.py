@@ -111,22 +111,9 @@ def set_learning_rate(optimizer: optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["factor"]
 
 
-class Average(ModelEmaV3):
+def average(model: nn.Module, config: TrainConfig) -> ModelEmaV3:
     """Exponential moving average of weights and buffers.
 
     While young it forgets faster: its decay in step n = 0, 1, ... is 1 - n^-0.75 (0 before n = 2), up to `ema_decay`.
-    The tensors are listed once: timm's own update lists them in every step, which takes longer than averaging a small
-    model.
     """
-
-    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
-        super().__init__(model, decay=config.ema_decay, use_warmup=True, warmup_power=0.75)
-        own, theirs = ([*m.parameters(), *m.buffers()] for m in (self.module, model))
-        pairs = list(zip(own, theirs, strict=True))
-        self.averages, self.weights = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
-        self.counters = [pair for pair in pairs if not pair[0].is_floating_point()]
-
-    def apply_update_(self, _: nn.Module, decay: float) -> None:
-        torch._foreach_lerp_(self.averages, self.weights, weight=1 - decay)
-        for copy, counter in self.counters:
-            copy.copy_(counter)
+    return ModelEmaV3(model, decay=config.ema_decay, use_warmup=True, warmup_power=0.75)

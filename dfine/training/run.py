@@ -3,6 +3,7 @@
 import shlex
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,24 @@ import torch
 import yaml
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 from dfine import config as configs
 from dfine import distributed
 from dfine.checkpoints import ours
 from dfine.checkpoints.ours import CheckpointError
 from dfine.config import Config, ConfigError
-from dfine.data.sources import Source
+from dfine.data.batches import WorkerError
+from dfine.data.transforms import PageError
 from dfine.distributed import say
 from dfine.inference.evaluation import Stopped, evaluate, table
 from dfine.inference.pages import beside_truth
 from dfine.inference.pictures import grid
 from dfine.model.detector import DFine
 from dfine.structures import Batch
-from dfine.training import metrics, optim
+from dfine.training import metrics, optim, saved
+from dfine.training.engine import Data
 from dfine.training.lock import lock
 
 
@@ -42,24 +45,18 @@ class Run:
     REPEATS = 5.0  # seconds in which another Ctrl-C is taken for the first one, passed on
 
     def __init__(
-        self,
-        config: Config,
-        categories: list[dict[str, Any]],
-        model: DFine,
-        device: torch.device,
-        epoch_steps: int,
-        auxiliary: nn.Module | None = None,
+        self, config: Config, data: Data, model: DFine, device: torch.device, auxiliary: nn.Module | None = None
     ) -> None:
         """
         Args:
             auxiliary: trained along with the model and saved in last.pt, but no part of what is used later.
         """
-        self.config, self.categories, self.device = config, categories, device
+        self.config, self.data, self.device = config, data, device
         self.folder = Path(config.run_dir)
         self.model, self.auxiliary = model, auxiliary or nn.Module()
-        self.ema = optim.Average(model, config.train)
+        self.ema = optim.average(model, config.train)
         self.optimizer = optim.optimizer(model, config.train, self.auxiliary)
-        self.epoch_steps, self.step = epoch_steps, 0
+        self.epoch_steps, self.step = len(data.sampler) // config.train.accumulate, 0
         self.saved, self.evaluated = 0, 0  # the last steps that were
         self.best = -1.0  # the highest AP
         self.ap: float | None = None  # the last one; None: not known yet, or no boxes to find
@@ -67,6 +64,9 @@ class Run:
         self.ctrl_c: float | None = None  # when the first one came
         self.since_evaluation: list[dict[str, float]] = []
         self.board: SummaryWriter | None = None
+        self.bar: tqdm = tqdm(disable=True)
+        self.began = 0.0  # when the current step did
+        self.batches: list[Batch] = []  # of the current step
 
     @property
     def epoch(self) -> float:
@@ -74,14 +74,18 @@ class Run:
         return self.step / self.epoch_steps
 
     @property
-    def last_step(self) -> int:
-        """Where the run ends; the schedule spans all epochs all the same."""
-        steps = self.config.train.epochs * self.epoch_steps
-        return min(steps, self.config.train.max_steps or steps)
+    def schedule_steps(self) -> int:
+        """The steps of all epochs."""
+        return self.config.train.epochs * self.epoch_steps
 
     @property
-    def done(self) -> bool:
-        return self.interrupted or (self.step >= self.last_step and not self.evaluation_due)
+    def last_step(self) -> int:
+        """Where the run ends; the schedule spans all epochs all the same."""
+        return min(self.schedule_steps, self.config.train.max_steps or self.schedule_steps)
+
+    @property
+    def backbone_frozen(self) -> bool:
+        return self.step < self.config.train.freeze_backbone_steps
 
     @property
     def evaluation_due(self) -> bool:
@@ -90,9 +94,8 @@ class Run:
 
     @property
     def save_due(self) -> bool:
-        """Also before an evaluation, in which much can go wrong, and before the run leaves."""
-        due = self.interrupted or self.evaluation_due or self.due(self.config.train.save_every)
-        return due and self.step > self.saved
+        """Also before an evaluation, in which much can go wrong."""
+        return self.step > self.saved and (self.evaluation_due or self.due(self.config.train.save_every))
 
     def due(self, every: int) -> bool:
         """Whether something that happens `every` so many steps (0: every epoch) and at the end happens now."""
@@ -102,12 +105,12 @@ class Run:
         """Makes and locks the folder, and takes up the last saved step if there is one.
 
         Raises:
-            ConfigError: see `resumes`; or another process has the folder, it cannot be written to, a file in it is
-                broken, or the run in it was of another shape.
+            ConfigError: see `saved.resumes`; or another process has the folder, it cannot be written to, a file in it
+                is broken, or the run in it was of another shape.
         """
         distributed.on_main(self.enter)
         last, previous = self.folder / "last.pt", self.folder / "previous.pt"
-        if resumes(self.config, resume):
+        if saved.resumes(self.config, resume):
             try:
                 self.load(last)
             except CheckpointError as error:
@@ -115,7 +118,7 @@ class Run:
                 self.load(previous)
                 if distributed.is_main() and last.exists():
                     last.replace(last.with_name("last.pt.broken"))  # so that it never becomes previous.pt
-            say(f"resumed {self.folder} at step {self.step} of {self.last_step}")
+            say(f"resumed {self.folder} at step {self.step}")
         if len(set(distributed.gather(self.step))) > 1:
             raise ConfigError(f"run_dir: not every process finds the run in {self.folder}; all machines must share it")
         self.evaluated, self.best, self.ap = distributed.on_main(self.recall_evaluations)
@@ -124,6 +127,7 @@ class Run:
             self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.interrupt)
+        say(f"{self.last_step - self.step} steps to go, {self.epoch_steps} an epoch")
 
     def enter(self) -> None:
         try:
@@ -151,38 +155,9 @@ class Run:
         Raises:
             CheckpointError: missing or damaged. ConfigError: of a run of another shape, or no run's.
         """
-        content = ours.read(path)
-        theirs = ours.settings_of(path, content)
-        if "optimizer" not in content:
-            raise ConfigError(
-                f"{path}: holds weights alone, as best.pt does, from which a run cannot go on: remove it to go on from "
-                f"previous.pt, or start another run with model.init_from={path}"
-            )
-        ours.require(path, content, SAVED)
-        if content["epoch_steps"] != self.epoch_steps:
-            raise ConfigError(
-                f"{path}: had {content['epoch_steps']} steps an epoch, now {self.epoch_steps}: resume with the same "
-                "pages, data.batch_size, train.accumulate and number of processes"
-            )
-        if [c["name"] for c in content["categories"]] != [c["name"] for c in self.categories]:
-            raise ConfigError(f"{path}: has other categories than data.train.annotations")
-        changed = changes(configs.to_dict(theirs)["model"], configs.to_dict(self.config)["model"], "model")
-        if changed:
-            raise ConfigError(f"{path}: {'; '.join(changed)}: a run keeps its model; resume it with the same")
-        wrong = ours.misfit(self.model, content["model"]) or ours.misfit(self.ema.module, content["ema"])
-        if wrong:
-            raise CheckpointError(f"{path}: does not fit the model of its own config at {wrong}")
-        auxiliary = content.get("auxiliary", {})
-        wrong = ours.misfit(self.auxiliary, auxiliary)
-        if wrong:
-            raise ConfigError(
-                f"{path}: distill.memory: the projection to the teacher's memory does not fit at {wrong}: resume with "
-                "the same teacher, and a weight if the run had one (end_epoch may end it)"
-            )
-        if (theirs.train.muon_factor > 0) != (self.config.train.muon_factor > 0):
-            raise ConfigError(f"{path}: train.muon_factor: a run cannot change between AdamW and Muon")
+        content = saved.read(path, self.config, self.epoch_steps, self.data.categories, self.model, self.auxiliary)
         self.model.load_state_dict(content["model"])
-        self.auxiliary.load_state_dict(auxiliary)
+        self.auxiliary.load_state_dict(content.get("auxiliary", {}))
         self.ema.module.load_state_dict(content["ema"])
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         try:
@@ -194,13 +169,78 @@ class Run:
         self.step = self.saved = content["step"]
         self.since_evaluation = content["since_evaluation"]
 
+    def steps(self) -> Iterator[list[Batch]]:
+        """The batches of each optimizer step, up to the end of the run; `step_done` must be called after each.
+
+        The model is in training mode then, and what torch draws is seeded by the step. Told to stop, or where a batch
+        cannot be loaded by any process, it saves and ends early.
+
+        Raises:
+            PageError: a page cannot be read; names it. WorkerError: a process that loads pages is gone.
+        """
+        accumulate = self.config.train.accumulate
+        while self.step < self.last_step and not self.interrupted:
+            epoch, first = divmod(self.step, self.epoch_steps)
+            self.data.sampler.set_position(epoch, first * accumulate)
+            batches = iter(self.data.batches)
+            hidden = not distributed.is_main()
+            with tqdm(
+                None,
+                f"epoch {epoch + 1}",
+                self.epoch_steps,
+                initial=first,
+                unit="step",
+                mininterval=0.5,
+                disable=hidden,
+            ) as self.bar:
+                while epoch * self.epoch_steps <= self.step < min(self.last_step, (epoch + 1) * self.epoch_steps):
+                    self.began = time.perf_counter()
+                    self.batches, failure = fetch(batches, accumulate)
+                    self.interrupted |= distributed.any_process(self.signalled or failure is not None)
+                    if self.interrupted:
+                        self.leave(failure)
+                        return
+                    torch.manual_seed(step_seed(self.config.train.seed, self.step))
+                    self.model.train()
+                    self.model.backbone.train(not self.backbone_frozen)
+                    yield [batch.to(self.device) for batch in self.batches]
+                    if self.interrupted:  # in an evaluation
+                        return
+
+    def leave(self, failure: PageError | WorkerError | None) -> None:
+        """Saves and says so, or raises the failure."""
+        if self.step > self.saved:
+            self.save()
+        if failure is not None:
+            cause = f"{failure}; stopped at step {self.step}, go on with --resume once it is mended"
+            raise type(failure)(cause) from failure
+        say(f"told to stop; saved at step {self.step}, go on with --resume")
+
+    def step_done(self, values: dict[str, float]) -> None:
+        """Counts the step and logs its values: every tenth step to TensorBoard, their means to metrics.jsonl."""
+        self.step += 1
+        pages = sum(len(batch.targets) for batch in self.batches) * distributed.world_size()
+        values = values | {
+            "pages_per_second": pages / (time.perf_counter() - self.began),
+            "padded_share": float(np.mean([padded_share(batch) for batch in self.batches])),
+        }
+        if self.board:
+            self.since_evaluation.append(values)
+            if self.step % self.LOG_EVERY == 0:
+                for name, value in values.items():
+                    self.board.add_scalar(f"train/{name}", value, self.step)
+        known = {} if self.ap is None else {"AP": f"{self.ap:.3f}"}
+        shown = ("loss", "vfl", "l1", "giou", "fgl", "pages_per_second")
+        self.bar.set_postfix(known | {key: f"{values[key]:.3g}" for key in shown}, refresh=False)
+        self.bar.update()
+
     def save(self) -> None:
         """Writes last.pt; the one before it stays as previous.pt."""
         distributed.on_main(self.write)
         self.saved = self.step
 
     def write(self) -> None:
-        content = ours.weights(self.config, self.categories, self.ema.module) | {
+        content = ours.weights(self.config, self.data.categories, self.ema.module) | {
             "model": self.model.state_dict(),
             "auxiliary": self.auxiliary.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -212,22 +252,24 @@ class Run:
         if self.board:
             self.board.flush()
 
-    def evaluate(self, batches: DataLoader[Batch], pages: Source) -> None:
+    def evaluate(self) -> None:
         """Measures the averaged model; writes TensorBoard, a picture, best.pt if none was better, and metrics.jsonl.
 
         Told to stop, it gives up and leaves the evaluation to the resumed run.
         """
         distributed.broadcast_buffers(self.ema.module)  # every process has its own batch-norm statistics
         try:
-            found = evaluate(self.ema.module, batches, pages, self.config.train.bf16, lambda: self.signalled)
+            found = evaluate(
+                self.ema.module, self.data.val_batches, self.data.val, self.config.train.bf16, lambda: self.signalled
+            )
         except Stopped:
             self.interrupted = True
             say(f"told to stop; saved at step {self.step}, go on with --resume")
             return
-        distributed.on_main(lambda: self.record(found, pages))
+        distributed.on_main(lambda: self.record(found))
         self.evaluated, self.best, self.ap = self.step, max(self.best, found["AP"] or 0.0), found["AP"]
 
-    def record(self, found: dict[str, Any], pages: Source) -> None:
+    def record(self, found: dict[str, Any]) -> None:
         """Writes down an evaluation.
 
         Raises:
@@ -237,15 +279,15 @@ class Run:
         line = {"step": self.step, "epoch": self.epoch, **found}
         line["train"] = metrics.summary(self.since_evaluation)
         try:
-            self.draw(found, self.since_evaluation, pages)
+            self.draw(found)
             if (found["AP"] or 0.0) >= self.best:  # None: no boxes to find. With nothing to compare, the newest wins
-                ours.save(self.folder / "best.pt", ours.weights(self.config, self.categories, self.ema.module))
+                ours.save(self.folder / "best.pt", ours.weights(self.config, self.data.categories, self.ema.module))
             metrics.append(self.folder / "metrics.jsonl", line)  # the last thing: this line says that all is done
         except OSError as error:
             raise ConfigError(f"run_dir: cannot write to {self.folder} ({error.strerror})") from error
         self.since_evaluation = []
 
-    def draw(self, found: dict[str, Any], steps: list[dict[str, float]], pages: Source) -> None:
+    def draw(self, found: dict[str, Any]) -> None:
         """An evaluation for people: scalars, a histogram and a picture."""
         assert self.board is not None
         classes = {f"val_class/{name}": numbers["AP"] for name, numbers in found["per_class"].items()}
@@ -254,12 +296,11 @@ class Run:
         for name, value in (overall | classes).items():
             if value is not None:
                 self.board.add_scalar(name, value, self.step)
-        if steps:
-            norms = np.array([step["gradient_norm"] for step in steps])
+        if self.since_evaluation:
+            norms = np.array([step["gradient_norm"] for step in self.since_evaluation])
             self.board.add_histogram("train/gradient_norm_before_clipping", norms, self.step)
-        picture = grid(
-            [beside_truth(self.ema.module, pages, i, self.config.data) for i in range(min(3, len(pages.ids)))], 1
-        )
+        pages = range(min(3, len(self.data.val.ids)))
+        picture = grid([beside_truth(self.ema.module, self.data.val, i, self.config.data) for i in pages], 1)
         (self.folder / "pictures").mkdir(exist_ok=True)
         Image.fromarray(picture).save(self.folder / "pictures" / f"step_{self.step:07d}.png")
 
@@ -285,35 +326,19 @@ class Run:
         )
 
 
-# What last.pt holds beside weights for use.
-SAVED = {"model": dict, "optimizer": dict, "step": int, "epoch_steps": int, "since_evaluation": list}
-
-# Of the model's settings, what a resumed run may change: none of it says what the weights mean.
-MAY_CHANGE = (
-    "model.backbone.pretrained",
-    "model.backbone.weights",
-    "model.backbone.checkpointing",
-    "model.decoder.queries",
-    "model.denoising.",
-    "model.init_from",
-)
+def step_seed(seed: int, step: int) -> int:
+    """The seed of everything that torch draws in one step of this process."""
+    return int(np.random.SeedSequence([seed, step, distributed.rank()]).generate_state(1)[0])
 
 
-def resumes(config: Config, resume: bool) -> bool:
-    """Whether there is a run in the run folder to go on with. It needs no other weights then.
-
-    Raises:
-        ConfigError: there is one, and `resume` does not ask for it.
-    """
-    folder = Path(config.run_dir)
-    found = (folder / "last.pt").exists() or (folder / "previous.pt").exists()
-    if found and not resume:
-        raise ConfigError(f"run_dir: {folder} holds a run; go on with it by --resume, or name another run_dir")
-    return found
+def fetch(batches: Iterator[Batch], count: int) -> tuple[list[Batch], PageError | WorkerError | None]:
+    """The next batches, or why there are none: other processes must hear of it before this one stops."""
+    try:
+        return [next(batches) for _ in range(count)], None
+    except (PageError, WorkerError) as error:
+        return [], error
 
 
-def changes(before: Any, now: Any, key: str) -> list[str]:
-    """What differs between two nested mappings of the same keys and may not, for people."""
-    if isinstance(before, dict):
-        return [line for name in before for line in changes(before[name], now[name], f"{key}.{name}")]
-    return [] if before == now or key.startswith(MAY_CHANGE) else [f"{key} was {before}, now {now}"]
+def padded_share(batch: Batch) -> float:
+    """The share of a batch's pixels that belong to no page."""
+    return 1 - float(batch.sizes.prod(1).sum()) / (len(batch.sizes) * batch.images.shape[-2] * batch.images.shape[-1])

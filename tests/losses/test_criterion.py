@@ -15,7 +15,7 @@ from dfine import distributed
 from dfine.boxes import iou, xyxy_to_cxcywh
 from dfine.config import LossConfig, MatcherConfig
 from dfine.losses.criterion import criterion, scheduled
-from dfine.model.denoising import denoising_matches
+from dfine.model.denoising import match_denoising
 from dfine.model.detector import detect
 from dfine.model.fdr import encode, weighting_function
 from dfine.structures import DFineOutput, Prediction, Target
@@ -113,8 +113,8 @@ def test_boxes_of_every_head_are_supervised_at_every_query_of_the_union():
 def test_a_query_that_no_cell_stands_for_is_not_matched():
     """It has the box in every head; whoever is matched instead is on MISS, and |HIT - MISS| = 1."""
     output = disagreement(0, 0, 0, 0, 0)
-    real = torch.tensor([[False, True, True, True]])
-    losses = criterion(output._replace(queries=output.queries._replace(real=real)), [page(TRUTH)], W, CONFIG)
+    valid = torch.tensor([[False, True, True, True]])
+    losses = criterion(output._replace(queries=output.queries._replace(valid=valid)), [page(TRUTH)], W, CONFIG)
     assert losses["l1"].tolist() == pytest.approx([5, 5, 5])
 
 
@@ -236,7 +236,7 @@ def test_the_number_of_denoising_groups_does_not_change_their_losses():
 
 def test_positives_that_find_their_boxes_cost_no_box_loss():
     output = with_denoising(made_up(), most=2, groups=3)
-    fixed, truth = denoising_matches(PAGES, 3), torch.cat([p.boxes for p in PAGES])
+    fixed, truth = match_denoising(PAGES, 3), torch.cat([p.boxes for p in PAGES])
     with torch.no_grad():
         output.denoising.refined.boxes[:, fixed.batch, fixed.query] = truth[fixed.target]
     losses = criterion(output, PAGES, W, CONFIG)

@@ -24,20 +24,20 @@ from dfine.losses.criterion import criterion
 from dfine.losses.distillation import (
     CELLS,
     DENOISING,
-    SHARED,
+    TEACHER_QUERIES,
     active,
-    answered,
-    asked,
     box_distance,
     class_kl,
     class_mse,
     distillation,
     go_lsd,
-    matched_by,
     memory_distance,
     memory_projection,
     on_labelled_pages,
     project,
+    student_forward,
+    teacher_forward,
+    teacher_matches,
 )
 from dfine.losses.golsd import kl_of_edges
 from dfine.model.detector import DFine
@@ -90,14 +90,14 @@ def as_outputs(student: Refinement, teacher: Refinement) -> tuple[DFineOutput, D
     """Answers to the teacher's queries as parts of what the models say."""
     pages, queries = teacher.initial_boxes.shape[:2]
     start = Queries(torch.zeros(0), torch.zeros(0), torch.ones(pages, queries, dtype=torch.bool))
-    return DFineOutput(student, start, shared=student), DFineOutput(teacher, start)
+    return DFineOutput(student, start, on_teacher_queries=student), DFineOutput(teacher, start)
 
 
 def edges(student: Refinement, teacher: Refinement, temperature: float, targets: list[Target], w: Tensor = W) -> Tensor:
-    """GO-LSD where all queries are real."""
-    real = torch.ones(2, 5, dtype=torch.bool)
-    pairs = matched_by(teacher, targets, MATCHER, real)
-    return go_lsd(student, teacher, w, W, targets, temperature, pairs, real)
+    """GO-LSD where all queries are valid."""
+    valid = torch.ones(2, 5, dtype=torch.bool)
+    pairs = teacher_matches(teacher, targets, MATCHER, valid)
+    return go_lsd(student, teacher, w, W, targets, temperature, pairs, valid)
 
 
 # Projection: edge distributions in another frame
@@ -408,17 +408,19 @@ def test_denoising_queries_are_compared_like_the_teachers():
     terms = distillation(*both, W, W, PAGES, weights, CONFIG, MATCHER)
     assert terms.keys() == {"distill_class_denoising", "distill_box_denoising", "distill_go_lsd_denoising"}
 
-    real, (ours, theirs) = labels < 3, (output.denoising.refined for output in both)
+    valid, (ours, theirs) = labels < 3, (output.denoising.refined for output in both)
     kl = sum(
-        class_kl(theirs.logits[0, i, real[i]][None], ours.logits[:, i, real[i]][:, None], temperature=1) for i in (0, 1)
+        class_kl(theirs.logits[0, i, valid[i]][None], ours.logits[:, i, valid[i]][:, None], temperature=1)
+        for i in (0, 1)
     )
     torch.testing.assert_close(terms["distill_class_denoising"], kl / 3)
-    confidence = theirs.logits[0].sigmoid().amax(-1) * real
+    confidence = theirs.logits[0].sigmoid().amax(-1) * valid
     distance = box_distance(theirs.boxes[0], ours.boxes, confidence, squared=False) / confidence.sum()
     torch.testing.assert_close(terms["distill_box_denoising"], distance)
     fixed = Matches(None, torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0]), torch.tensor([0, 1, 2]))
-    theirs.logits[:, ~real] = -1e4  # so that empty slots have no weight
-    torch.testing.assert_close(terms["distill_go_lsd_denoising"], go_lsd(ours, theirs, W, W, PAGES, 1.0, fixed, real))
+    theirs.logits[:, ~valid] = -1e4  # so that empty slots have no weight
+    expected = go_lsd(ours, theirs, W, W, PAGES, 1.0, fixed, valid)
+    torch.testing.assert_close(terms["distill_go_lsd_denoising"], expected)
 
 
 # Memory cells
@@ -492,7 +494,7 @@ def test_a_teacher_that_sees_nothing_on_any_page_teaches_boxes_and_memory_nothin
 
 
 WHOLE = DistillConfig(denoising=1, cells=CellsDistillConfig(boxes=5), memory=MemoryDistillConfig(weight=2))
-TERMS = {f"distill_{term}" for term in (*SHARED, *DENOISING, *CELLS)}
+TERMS = {f"distill_{term}" for term in (*TEACHER_QUERIES, *DENOISING, *CELLS)}
 ONE_EACH = [target([[0.3, 0.3, 0.2, 0.2]]), target([[0.6, 0.5, 0.4, 0.2]])]
 
 
@@ -510,8 +512,8 @@ def both(
     projection = memory_projection(student, teacher)
     nn.init.eye_(projection.weight)
     nn.init.zeros_(projection.bias)
-    taught = asked(teacher, pages, start, weights)
-    return answered(student, projection, pages, start, taught, weights), taught
+    taught = teacher_forward(teacher, pages, start, weights)
+    return student_forward(student, projection, pages, start, taught, weights), taught
 
 
 def distilled(
@@ -554,12 +556,12 @@ def test_what_is_not_compared_is_not_computed(monkeypatch: pytest.MonkeyPatch):
         calls.clear()
         output, taught = both(student, teacher, config)
         assert len(calls) == passes
-        assert (output.shared is None) == (passes == 1)
+        assert (output.on_teacher_queries is None) == (passes == 1)
         assert (output.cells is None) == (taught.cells is None) == (config is queries_alone)
         assert (taught.denoising is None) == (config is queries_alone)
     memory_alone = DistillConfig(shared=0, cells=CellsDistillConfig(classes=0), memory=MemoryDistillConfig(weight=1))
     assert distilled(student, teacher, memory_alone).keys() == {"distill_memory"}
-    assert asked(teacher, batch(), None, {}) is None
+    assert teacher_forward(teacher, batch(), None, {}) is None
 
 
 def test_gradients_never_reach_the_teacher():
@@ -652,7 +654,7 @@ def test_any_widths_layers_queries_and_bins_go_together():
     terms = distilled(shaken(DFine(narrow(), 3)), shaken(tiny_model()).eval())
     assert terms.keys() == TERMS
     of_layers = {name for name, loss in terms.items() if loss.shape == (2,)}
-    assert of_layers == {f"distill_{term}" for term in (*SHARED, *DENOISING)}
+    assert of_layers == {f"distill_{term}" for term in (*TEACHER_QUERIES, *DENOISING)}
     assert all(loss.isfinite().all() for loss in terms.values())
 
 

@@ -206,12 +206,12 @@ def test_copies_take_no_box_its_only_query():
 def test_queries_that_may_not_be_matched_are_not_although_boxes_stay_without_a_query():
     torch.manual_seed(0)
     logits, boxes = random_heads(2, 2, 4)
-    real = torch.tensor([[False, True, False, True], [False] * 4])
+    valid = torch.tensor([[False, True, False, True], [False] * 4])
     pages = random_pages(3, 1)
-    matches = match(logits, boxes, pages, CONFIG, last_copies=2, real=real)
+    matches = match(logits, boxes, pages, CONFIG, last_copies=2, valid=valid)
     for head in range(2):
         assert sorted(matches.query[(matches.layer == head) & (matches.batch == 0)].tolist()) == [1, 3]
     assert not (matches.batch == 1).any()
     boxes[1, 0, 3] = torch.nan
     with pytest.raises(FloatingPointError, match="head 1"):
-        match(logits, boxes, pages, CONFIG, real=real)
+        match(logits, boxes, pages, CONFIG, valid=valid)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from dfine.config import DecoderConfig
 from dfine.model.decoder import Decoder, DecoderLayer, Gate, SelfAttention, attend, class_head
-from dfine.model.fdr import decode, expectation, zero_last
+from dfine.model.fdr import decode, expectation
+from dfine.model.layers import zero_last
 
 SHAPES = [(4, 6), (2, 3)]
 CONFIG = DecoderConfig(heads=4, feedforward_dim=64, layers=3, points=(1, 2), bins=8)

@@ -13,10 +13,10 @@ from dfine.config import DenoisingConfig
 from dfine.model.denoising import (
     Noise,
     attention_mask,
-    denoising_matches,
     draw_noise,
     freshly_noised,
     group_count,
+    match_denoising,
     most_boxes,
     noised_truth,
 )
@@ -62,7 +62,7 @@ def test_no_boxes_in_the_whole_batch_make_no_slots():
     noised = random_noise(empty, queries=100)
     assert noised.labels.shape == (2, 0)
     assert noised.boxes.shape == (2, 0, 4)
-    assert len(denoising_matches(empty, noised.groups).query) == 0
+    assert len(match_denoising(empty, noised.groups).query) == 0
 
 
 # Boxes
@@ -210,7 +210,7 @@ def test_without_slots_nothing_is_blocked():
 
 def test_the_jth_positive_of_every_group_belongs_to_the_jth_box():
     """Groups of two positives and two negatives; page 0 has boxes 0 and 1, page 1 has box 2 and a padded slot."""
-    matches = denoising_matches(TWO_AND_ONE, groups=2)
+    matches = match_denoising(TWO_AND_ONE, groups=2)
     assert matches.layer is None
     assert matches.batch.tolist() == [0, 0, 0, 0, 1, 1]
     assert matches.query.tolist() == [0, 1, 4, 5, 0, 4]
@@ -219,7 +219,7 @@ def test_the_jth_positive_of_every_group_belongs_to_the_jth_box():
 
 def test_matched_slots_start_from_the_box_they_must_find():
     noised = replay(TWO_AND_ONE, still(TWO_AND_ONE, queries=6), queries=6)  # positives do not move
-    matches = denoising_matches(TWO_AND_ONE, noised.groups)
+    matches = match_denoising(TWO_AND_ONE, noised.groups)
     truth = torch.cat([page.boxes for page in TWO_AND_ONE])
     torch.testing.assert_close(noised.boxes[matches.batch, matches.query], truth[matches.target])
     assert noised.labels[matches.batch, matches.query].tolist() == [4, 7] * 3 + [2] * 3

@@ -13,9 +13,11 @@ from torch._dynamo.utils import counters
 from dfine.config import LossConfig
 from dfine.losses.criterion import criterion
 from dfine.model.decoder import DecoderLayer
-from dfine.model.detector import DFine, QuerySelection, detect, gather, keys
+from dfine.model.deploy import compile_parts, merge_backbone
+from dfine.model.detector import DFine, attended_to, detect
 from dfine.model.fdr import decode, expectation
 from dfine.model.hybrid_encoder import AIFI, RepNCSPELAN4, RepVGG
+from dfine.model.query_selection import QuerySelection, gather
 from dfine.structures import DFineOutput, Queries, Refinement, Target
 
 WITH_BOXES, EMPTY = target([[0.3, 0.3, 0.2, 0.2], [0.7, 0.6, 0.3, 0.2]], labels=[0, 2]), target([])
@@ -172,7 +174,7 @@ def test_on_a_page_too_thin_for_any_cell_nothing_is_found_and_nothing_learned():
     """Three pixels wide: the centre of its only column of cells lies beyond it."""
     model, sizes = trained(), torch.tensor([[64, 3], [64, 96]])
     output = model(pages(), sizes, noised([WITH_BOXES, EMPTY]))
-    assert output.queries.real.tolist() == [[False] * 8, [True] * 8]
+    assert output.queries.valid.tolist() == [[False] * 8, [True] * 8]
     losses = criterion(output, [WITH_BOXES, EMPTY], model.decoder.w, LossConfig())
     torch.stack([loss.sum() for loss in losses.values()]).sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
@@ -184,8 +186,8 @@ def test_on_a_page_too_thin_for_any_cell_nothing_is_found_and_nothing_learned():
 
 def test_a_page_without_a_single_real_query_has_something_to_attend_to():
     """Not every attention kernel answers where all is masked."""
-    real = torch.tensor([[True, False], [False, False]])
-    assert keys(real).tolist() == [[True, False], [True, True]]
+    valid = torch.tensor([[True, False], [False, False]])
+    assert attended_to(valid).tolist() == [[True, False], [True, True]]
 
 
 def test_a_score_that_is_not_a_number_is_not_taken_for_none():
@@ -452,7 +454,7 @@ def test_asking_for_every_cell_changes_no_other_answer(training: bool):
     assert plain.cells is None
     same(dense.refined, plain.refined)
     assert torch.equal(dense.queries.cells, plain.queries.cells)
-    assert torch.equal(dense.queries.real, plain.queries.real)
+    assert torch.equal(dense.queries.valid, plain.queries.valid)
     if training:
         torch.testing.assert_close(dense.encoder, plain.encoder)
         torch.testing.assert_close(dense.encoder.logits, gather(dense.cells.logits, dense.queries.cells))
@@ -519,21 +521,21 @@ def test_denoising_queries_start_from_the_noised_boxes():
 def test_another_models_queries_do_not_change_the_ordinary_answers():
     model = trained()
     theirs = Queries(torch.tensor([[3, 4, 5]] * 2), torch.full((2, 3, 4), 0.4), torch.ones(2, 3, dtype=torch.bool))
-    plain, with_shared = model(pages()), model(pages(), shared=theirs)
+    plain, with_shared = model(pages()), model(pages(), teacher_queries=theirs)
     same(with_shared.refined, plain.refined)
-    assert plain.shared is None
-    assert with_shared.shared.logits.shape == (3, 2, 3, 3)
+    assert plain.on_teacher_queries is None
+    assert with_shared.on_teacher_queries.logits.shape == (3, 2, 3, 3)
 
 
 def test_shared_queries_are_answered_as_if_they_were_the_models_own():
     model = trained()
     output = model(pages())
-    same(model(pages(), shared=output.queries).shared, output.refined)
+    same(model(pages(), teacher_queries=output.queries).on_teacher_queries, output.refined)
 
 
 def test_shared_queries_start_from_the_other_models_places():
     theirs = Queries(torch.tensor([[3, 4, 5]] * 2), torch.full((2, 3, 4), 0.4), torch.ones(2, 3, dtype=torch.bool))
-    boxes = tiny_model()(pages(), shared=theirs).shared.boxes
+    boxes = tiny_model()(pages(), teacher_queries=theirs).on_teacher_queries.boxes
     torch.testing.assert_close(boxes, torch.full_like(boxes, 0.4))
 
 
@@ -660,7 +662,7 @@ def test_a_norm_whose_convolution_speaks_to_others_as_well_stays():
     backbone.body, backbone.indices = Forked().eval(), [0]
     x = torch.rand(1, 3, 8, 8)
     expected = backbone.body(x)
-    backbone.merge()
+    merge_backbone(backbone)
     torch.testing.assert_close(backbone.body(x), expected)
     assert isinstance(backbone.body.norm, nn.BatchNorm2d)
 
@@ -676,7 +678,7 @@ def test_compiled_blocks_serve_every_size_of_pages_and_answer_the_same(monkeypat
     counters.clear()
     model = trained(layers=2).eval()
     plain, graphs = copy.deepcopy(model), []
-    model.compile_parts()
+    compile_parts(model)
     with torch.inference_mode():
         for height, width in ((64, 96), (96, 64), (64, 160), (96, 96)):
             page, size = pages(1, height, width), torch.tensor([[height, width]])

@@ -23,7 +23,6 @@ from dfine.data.batches import TrainBatches, WorkerError
 from dfine.data.transforms import PageError
 from dfine.inference import evaluation
 from dfine.model.detector import DFine
-from dfine.training import engine
 from dfine.training import run as run_module
 from dfine.training.lock import lock
 from dfine.training.run import Run
@@ -93,14 +92,14 @@ def killed_while_evaluating() -> None:
 
 def signalled_in_step(step: int, number: signal.Signals, rank: int) -> None:
     """The process and its loader's workers get the signal, as from a terminal or a job scheduler."""
-    whole = engine.optimize
+    whole = Run.step_done
 
-    def optimize(run: Run, *arguments: Any) -> dict[str, float]:
+    def step_done(run: Run, values: dict[str, float]) -> None:
         if run.step == step - 1 and distributed.rank() == rank:
             os.killpg(os.getpgid(0), number)
-        return whole(run, *arguments)
+        whole(run, values)
 
-    engine.optimize = optimize
+    Run.step_done = step_done
 
 
 def signalled_and_again_while_saving(numbers: tuple[signal.Signals, ...]) -> None:
@@ -118,28 +117,28 @@ def signalled_and_again_while_saving(numbers: tuple[signal.Signals, ...]) -> Non
 
 def told_twice_to_stop() -> None:
     """By two Ctrl-C in the same step, deliberately."""
-    whole, Run.REPEATS = engine.optimize, 0.1
+    whole, Run.REPEATS = Run.step_done, 0.1
 
-    def optimize(run: Run, *arguments: Any) -> dict[str, float]:
+    def step_done(run: Run, values: dict[str, float]) -> None:
         for _ in range(2 if run.step == 1 else 0):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.2)
-        return whole(run, *arguments)
+        whole(run, values)
 
-    engine.optimize = optimize
+    Run.step_done = step_done
 
 
 def losing_a_worker(step: int, rank: int) -> None:
-    whole = engine.optimize
+    whole = Run.step_done
 
-    def optimize(run: Run, *arguments: Any) -> dict[str, float]:
+    def step_done(run: Run, values: dict[str, float]) -> None:
         if run.step == step - 1 and distributed.rank() == rank:
             for worker in multiprocessing.active_children():
                 worker.kill()
                 worker.join()
-        return whole(run, *arguments)
+        whole(run, values)
 
-    engine.optimize = optimize
+    Run.step_done = step_done
 
 
 def nothing() -> None:

@@ -8,7 +8,7 @@ import torch
 from tiny import shaken
 from torch import Tensor, nn
 
-from dfine.model.depthwise import DepthwiseConv2d, faster_depthwise
+from dfine.model.cpu_kernels import DepthwiseConv2d, faster_depthwise
 
 
 def pair(kernel: int = 7, **kwargs: bool) -> tuple[nn.Conv2d, DepthwiseConv2d]:
