@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from dfine.config import BackboneConfig, DecoderConfig, EncoderConfig, ModelConfig
 from dfine.model.denoising import draw_noise, noised_truth
 from dfine.model.detector import DFine
-from dfine.structures import NoisedTruth, Target
+from dfine.structures import NoisedTruth, Refinement, Target
 
 
 def target(
@@ -73,3 +73,26 @@ def drawn_page(height: int = 120, width: int = 90) -> np.ndarray:
     page[10:30, 8 : width - 20] = 0
     page[height // 2 :, 5 : width // 2] = (40, 90, 160)
     return page
+
+
+def trained(**config: object) -> DFine:
+    """In training mode, but batch norm uses its running statistics, as in evaluation mode."""
+    return freeze_batch_norms(shaken(tiny_model(**config)))
+
+
+def same(ours: Refinement, theirs: Refinement) -> None:
+    """The answers of two models are equal up to rounding."""
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def anchor(cell: int, height: int, width: int, canvas: tuple[int, int] | None = None) -> list[float]:
+    """The anchor of a memory cell, for a page of height x width on its canvas."""
+    canvas = canvas or (height, width)
+    for level, stride in enumerate((8, 16, 32)):
+        rows, columns = canvas[0] // stride, canvas[1] // stride
+        if cell < rows * columns:
+            x, y = (cell % columns + 0.5) * stride / width, (cell // columns + 0.5) * stride / height
+            return [x, y, 0.05 * 2**level, 0.05 * 2**level]
+        cell -= rows * columns
+    raise AssertionError("no such cell")

@@ -5,19 +5,14 @@ from math import log, sqrt
 
 import pytest
 import torch
-from timm.models.convnext import ConvNeXtBlock
-from tiny import freeze_batch_norms, noised, shaken, target, tiny_model
+from tiny import anchor, noised, same, shaken, target, tiny_model, trained
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 
 from dfine.config import LossConfig
 from dfine.losses.criterion import criterion
-from dfine.model.decoder import DecoderLayer
-from dfine.model.deploy import compile_parts, merge_backbone
-from dfine.model.detector import DFine, attended_to, detect
+from dfine.model.detector import attended_to, detect
 from dfine.model.fdr import decode, expectation
-from dfine.model.hybrid_encoder import AIFI, RepNCSPELAN4, RepVGG
-from dfine.model.query_selection import QuerySelection, gather
+from dfine.model.query_selection import gather
 from dfine.structures import DFineOutput, Queries, Refinement, Target
 
 WITH_BOXES, EMPTY = target([[0.3, 0.3, 0.2, 0.2], [0.7, 0.6, 0.3, 0.2]], labels=[0, 2]), target([])
@@ -29,31 +24,9 @@ def pages(count: int = 2, height: int = 64, width: int = 96) -> Tensor:
     return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8)
 
 
-def trained(**config: object) -> DFine:
-    """In training mode, but batch norm uses its running statistics, as in evaluation mode."""
-    return freeze_batch_norms(shaken(tiny_model(**config)))
-
-
 def xavier_uniform(weight: Tensor) -> bool:
     bound = sqrt(6 / (weight.shape[0] + weight.shape[1]))
     return bool(weight.abs().max() <= bound) and weight.std().item() == pytest.approx(bound / sqrt(3), rel=0.1)
-
-
-def anchor(cell: int, height: int, width: int, canvas: tuple[int, int] | None = None) -> list[float]:
-    """The anchor of a memory cell, for a page of height x width on its canvas."""
-    canvas = canvas or (height, width)
-    for level, stride in enumerate((8, 16, 32)):
-        rows, columns = canvas[0] // stride, canvas[1] // stride
-        if cell < rows * columns:
-            x, y = (cell % columns + 0.5) * stride / width, (cell // columns + 0.5) * stride / height
-            return [x, y, 0.05 * 2**level, 0.05 * 2**level]
-        cell -= rows * columns
-    raise AssertionError("no such cell")
-
-
-def same(ours: Refinement, theirs: Refinement) -> None:
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b)
 
 
 # Before training
@@ -319,94 +292,6 @@ def test_memory_of_padding_is_zero():
     assert (finest[0] != 0).all()
 
 
-def selection(queries: int) -> QuerySelection:
-    """Of 4 channels and 2 classes on strides 8 and 16; the first channel is the score of class 1."""
-    chooser = QuerySelection(4, 2, (8, 16), queries)
-    with torch.no_grad():
-        chooser.project.weight.copy_(torch.eye(4))
-        chooser.project.bias.zero_()
-        chooser.class_head.weight.copy_(torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]))
-    return chooser
-
-
-def memory_of(height: int, width: int, loud: list[int]) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Memory of a canvas on strides 8 and 16, and its shapes; the first channel is large in the loud cells."""
-    shapes = [(height // 8, width // 8), (height // 16, width // 16)]
-    memory = torch.zeros(1, sum(h * w for h, w in shapes), 4)
-    memory[0, loud, 0] = 1
-    return memory, shapes
-
-
-def test_the_cells_with_the_best_class_become_queries():
-    memory, shapes = memory_of(32, 48, loud=[3, 17, 26])  # 4x6 cells, then 2x3
-    head, queries, *_ = selection(3)(memory, shapes, None)
-    assert set(queries.cells[0].tolist()) == {3, 17, 26}
-    assert head.logits.argmax(-1).tolist() == [[1, 1, 1]]
-    boxes = dict(zip(queries.cells[0].tolist(), queries.proposal[0].tolist(), strict=True))
-    assert boxes[17] == pytest.approx([5.5 / 6, 2.5 / 4, 0.05, 0.05])  # row 2, column 5
-    assert boxes[26] == pytest.approx([2.5 / 3, 0.5 / 2, 0.1, 0.1])  # of the second level: row 0, column 2
-
-
-def test_a_proposal_is_its_own_cells_answer():
-    """All cells but one hold the same, so all boxes but one move by the same from their anchors, in logits."""
-    chooser, (memory, shapes) = selection(30), memory_of(32, 48, loud=[17])
-    torch.nn.init.normal_(chooser.box_head[-1].weight)
-    _, queries, *_ = chooser(memory, shapes, None)
-    anchors = torch.tensor([anchor(cell, 32, 48) for cell in queries.cells[0].tolist()])
-    moved = (queries.proposal[0].logit() - anchors.logit()).abs().sum(-1)
-    assert queries.cells[0, 0] == 17
-    assert moved[0] > 0.01
-    torch.testing.assert_close(moved[1:], moved[1:2].expand(29), atol=1e-4, rtol=0)
-    assert (moved[0] - moved[1]).abs() > 0.01
-
-
-def test_cells_in_the_padding_cannot_be_selected():
-    """Of 4x6 cells the page covers 2x3; the cells right of it and below are much louder, those on it very quiet."""
-    memory, shapes = memory_of(32, 48, loud=[3, 4, 5, 12, 13, 18, 25, 26, 27, 28, 29])
-    memory[0, [0, 1, 2, 6, 7, 8, 24], 0] = -1
-    chooser = selection(7)
-    with torch.no_grad():
-        chooser.class_head.bias.fill_(-100)
-    _, queries, *_ = chooser(memory, shapes, torch.tensor([[16, 24]]))
-    assert set(queries.cells[0].tolist()) == {0, 1, 2, 6, 7, 8, 24}
-    assert ((queries.proposal > 0) & (queries.proposal < 1)).all()
-
-
-def test_cells_whose_anchor_touches_the_border_cannot_be_selected():
-    """On a page 640 wide the first column's centre lies at 4 / 640 < 0.01, the second's at 12 / 640."""
-    anchors, valid = selection(1).anchors([(10, 80), (5, 40)], None, torch.zeros(1))
-    finest = valid[0, :800].view(10, 80)
-    assert anchors[0, 0].tolist() == pytest.approx([4 / 640, 4 / 80, 0.05, 0.05])
-    assert finest[:, 0].tolist() == finest[:, -1].tolist() == [False] * 10
-    assert finest[:, 1:-1].all()
-    memory, shapes = memory_of(80, 640, loud=[0, 80, 160])
-    memory[0, 5, 0] = 0.1
-    assert selection(1)(memory, shapes, None)[1].cells.tolist() == [[5]]
-
-
-def test_memory_of_cells_that_cannot_be_selected_is_not_looked_at():
-    """Another model may ask for any cell; what this one has zeroed stays a constant."""
-    memory, shapes = memory_of(32, 48, loud=[5])
-    tokens = selection(1)(memory, shapes, torch.tensor([[16, 24]]))[2]
-    assert torch.equal(tokens[0, 5], tokens[0, 4])
-
-
-def test_padding_a_page_further_moves_no_anchor():
-    chooser = selection(1)
-    tight, valid = chooser.anchors([(4, 6), (2, 3)], torch.tensor([[32, 48]]), torch.zeros(1))
-    wide, still_valid = chooser.anchors([(8, 10), (4, 5)], torch.tensor([[32, 48]]), torch.zeros(1))
-    corner = [row * 10 + column for row in range(4) for column in range(6)]
-    corner += [80 + row * 5 + column for row in range(2) for column in range(3)]
-    torch.testing.assert_close(wide[:, corner], tight)
-    assert still_valid[:, corner].tolist() == valid.tolist()
-    assert still_valid.sum() == valid.sum()  # and what was added is not valid
-
-
-def test_fewer_cells_than_queries_give_fewer_queries():
-    memory, shapes = memory_of(16, 16, loud=[])
-    assert selection(100)(memory, shapes, None)[1].cells.shape == (1, 5)
-
-
 # Who learns from whom
 
 
@@ -586,109 +471,6 @@ def test_every_page_is_scaled_to_its_own_size():
     small, large = detect(one._replace(refined=two), [(100, 100), (1000, 500)])
     assert small.boxes.tolist() == [[25, 25, 75, 75]]
     assert large.boxes.tolist() == [[125, 250, 375, 750]]
-
-
-# Deployed
-
-
-def settled(**config: object) -> DFine:
-    """Trained, in evaluation mode, with running statistics away from 0 and 1."""
-    model = trained(**config).eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-    return model
-
-
-@pytest.mark.parametrize("backbone", ["test_convnext", "test_resnet", "test_efficientnet", "test_byobnet"])
-def test_the_deployed_model_gives_the_same_answers_without_a_batch_norm(backbone: str):
-    """The second has torch's batch norms, the others timm's, which hold their activation, or none."""
-    model = settled(backbone=backbone)
-    with torch.no_grad():
-        expected, answer = model(pages()), copy.deepcopy(model).deploy()(pages())
-    assert torch.equal(answer.queries.cells, expected.queries.cells)
-    for ours, theirs in zip(answer.refined, expected.refined, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.deploy().modules())
-
-
-def test_a_deployed_repvgg_block_is_one_convolution():
-    blocks = [module for module in settled().deploy().modules() if isinstance(module, RepVGG)]
-    assert blocks
-    for block in blocks:
-        assert [type(module) for module in block.modules() if isinstance(module, nn.Conv2d)] == [nn.Conv2d]
-
-
-@pytest.mark.parametrize(("multiplies", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_deployed_fast_it_is_in_half_precision_where_that_is_faster_and_answers_nearly_the_same(
-    multiplies: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-):
-    """Every cell is a query, in whatever order: bf16 ranks them otherwise."""
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: multiplies)
-    model = settled(queries=8 * 12 + 4 * 6 + 2 * 3)
-    fast, computed = copy.deepcopy(model).deploy(fast=True), []
-    fast.decoder.layers[0].feedforward.register_forward_hook(lambda module, x, y: computed.append(y.dtype))
-    with torch.no_grad():
-        expected, answer = model(pages()), fast(pages())
-    assert computed == [dtype]
-    assert fast.decoder.layers[0].feedforward[0].weight.dtype == dtype
-    assert fast.backbone.body.stem_0.weight.is_contiguous(memory_format=torch.channels_last)
-    assert answer.refined.logits.dtype == answer.refined.boxes.dtype == torch.float32
-    ours, theirs = (gather(torch.cat(x.refined[:2], -1)[0], x.queries.cells.argsort(1)) for x in (answer, expected))
-    torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0.05)
-
-
-def test_the_narrower_decoder_can_be_deployed_too():
-    model = settled(encoder_dim=48)
-    with torch.no_grad():
-        expected, answer = model(pages()), copy.deepcopy(model).deploy()(pages())
-    torch.testing.assert_close(answer.refined.boxes, expected.refined.boxes, atol=1e-4, rtol=0)
-
-
-def test_a_norm_whose_convolution_speaks_to_others_as_well_stays():
-    """Otherwise the others would hear the norm."""
-
-    class Forked(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
-
-        def forward(self, x: Tensor) -> list[Tensor]:
-            x = self.conv(x)
-            return [x + self.norm(x)]
-
-    backbone = settled().backbone
-    backbone.body, backbone.indices = Forked().eval(), [0]
-    x = torch.rand(1, 3, 8, 8)
-    expected = backbone.body(x)
-    merge_backbone(backbone)
-    torch.testing.assert_close(backbone.body(x), expected)
-    assert isinstance(backbone.body.norm, nn.BatchNorm2d)
-
-
-# Compilation
-
-
-def test_compiled_blocks_serve_every_size_of_pages_and_answer_the_same(monkeypatch: pytest.MonkeyPatch):
-    """Nothing is traced anew after the second canvas, and no graph is broken; one code serves all equal blocks."""
-    compiler = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self, **how: compiler(self, backend="eager", **how))
-    torch._dynamo.reset()
-    counters.clear()
-    model = trained(layers=2).eval()
-    plain, graphs = copy.deepcopy(model), []
-    compile_parts(model)
-    with torch.inference_mode():
-        for height, width in ((64, 96), (96, 64), (64, 160), (96, 96)):
-            page, size = pages(1, height, width), torch.tensor([[height, width]])
-            same(model(page, size).refined, plain(page, size).refined)
-            graphs.append(counters["stats"]["unique_graphs"])
-    assert not counters["graph_break"]
-    assert graphs[0] > 0
-    assert set(graphs[1:]) == {graphs[1]}
-    blocks = sum(isinstance(module, ConvNeXtBlock | RepNCSPELAN4 | AIFI | DecoderLayer) for module in model.modules())
-    assert graphs[-1] < blocks
 
 
 def test_the_answers_of_training_are_tensors_of_their_own():
