@@ -7,7 +7,20 @@ same name; what else such weights know is left out.
 """
 
 import argparse
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", required=True, help="best.pt, an ONNX file, published weights, or org/NAME")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.val.images=pages/test")
+    return parser.parse_intermixed_args()
+
+
+if __name__ == "__main__":
+    arguments()  # before torch is imported, which takes seconds: --help need not wait for it
+
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -26,28 +39,25 @@ from dfine.training import engine
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="best.pt, an ONNX file, published weights, or org/NAME")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.val.images=pages/test")
-    arguments = parser.parse_intermixed_args()
+    options = arguments()
     model: DFine | OnnxModel
-    if is_onnx(arguments.checkpoint):
-        model = OnnxModel(arguments.checkpoint)
+    if is_onnx(options.checkpoint):
+        model = OnnxModel(options.checkpoint)
         settings, categories = model.config, model.categories
     else:
-        model, settings, categories = load_model(arguments.checkpoint)
-    for text in arguments.overrides:
+        model, settings, categories = load_model(options.checkpoint)
+    for text in options.overrides:
         if text.startswith(("model", "loss", "distill")):
             raise ConfigError(f"override {text!r}: the model is the checkpoint's; set data, train and run_dir only")
-    checkpoint = Path(arguments.checkpoint)
+    checkpoint = Path(options.checkpoint)
     beside = checkpoint if checkpoint.is_dir() else checkpoint.parent
     folder = beside if checkpoint.exists() else Path("runs", checkpoint.name.partition("@")[0])  # a name on the hub
-    settings = config.override(settings, [f"run_dir={folder}", *arguments.overrides])
+    settings = config.override(settings, [f"run_dir={folder}", *options.overrides])
 
     device = distributed.start()
     engine.prepare(settings)
     pages = open_source(settings.data.val, "data.val")
-    ids = category_ids(categories, pages.categories, arguments.checkpoint)
+    ids = category_ids(categories, pages.categories, options.checkpoint)
     say(pages.summary())
     if None in ids:
         unknown = ", ".join(c["name"] for c, number in zip(categories, ids, strict=True) if number is None)
@@ -59,12 +69,16 @@ def main() -> None:
     detections = find(model, loader, pages, settings.train.bf16, category_ids=ids)
     if distributed.is_main():
         metrics = coco_metrics(pages.ground_truth(), detections)
-        print(table(metrics))
         folder = Path(settings.run_dir)
         folder.mkdir(parents=True, exist_ok=True)
         name = checkpoint.stem if checkpoint.is_file() else checkpoint.name.partition("@")[0]
-        (folder / f"{name}.metrics.json").write_text(json.dumps(metrics, indent=2))
-        (folder / f"{name}.detections.json").write_text(json.dumps(detections))
+        metrics_file, detections_file = folder / f"{name}.metrics.json", folder / f"{name}.detections.json"
+        metrics_file.write_text(json.dumps(metrics, indent=2))
+        detections_file.write_text(json.dumps(detections))
+        try:
+            print(f"{table(metrics)}\n\n{metrics_file} and {detections_file} hold all of it", flush=True)
+        except BrokenPipeError:  # `| head` wants no more, nor what Python would still print at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     distributed.finish()
 
 

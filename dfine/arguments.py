@@ -1,6 +1,7 @@
 """The arguments that train.py and distill.py share. Imports nothing that takes time, so that --help need not wait."""
 
 import argparse
+import sys
 
 
 def training(description: str | None) -> argparse.Namespace:
@@ -10,3 +11,20 @@ def training(description: str | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's last.pt, if there is one")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.batch_size=8")
     return parser.parse_intermixed_args()
+
+
+def page_ranges(numbers: str) -> list[range]:
+    """ "1-3,7" -> [range(1, 4), range(7, 8)]; "5-" goes to the end.
+
+    Raises:
+        ValueError: something else.
+    """
+    ranges = []
+    for part in numbers.split(",") if numbers else []:
+        first, to, last = part.strip().partition("-")
+        if not (first.isdecimal() and (last.isdecimal() or not last)):
+            raise ValueError(f"{part!r}: write numbers of pages such as 1-3,7")
+        ranges.append(range(int(first), (int(last) if last else sys.maxsize if to else int(first)) + 1))
+        if ranges[-1].start < 1 or not ranges[-1]:
+            raise ValueError(f"{part!r}: pages count upwards from 1")
+    return ranges

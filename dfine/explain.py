@@ -7,12 +7,30 @@ the union of the matchings (section 4.2), and what each loss says. The numbers a
 """
 
 import argparse
+from pathlib import Path
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="best.pt, published weights, or org/NAME")
+    parser.add_argument("file", type=Path, metavar="PAGE", help="an image, or a PDF or TIFF")
+    parser.add_argument("--out", required=True, type=Path, help="HTML file to write")
+    parser.add_argument("--annotations", type=Path, metavar="JSON", help="COCO json with the page")
+    parser.add_argument("--page", default="1", metavar="NUMBER", help="of a PDF or TIFF (default: %(default)s)")
+    options = parser.parse_args()
+    if options.out.suffix != ".html":
+        parser.error(f"--out must end in .html, found {options.out}")
+    return options
+
+
+if __name__ == "__main__":
+    arguments()  # before torch is imported, which takes seconds: --help need not wait for it
+
 import base64
 import io
 import json
 import sys
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,9 +44,9 @@ from dfine.checkpoints.loading import load_model
 from dfine.checkpoints.onnx_format import is_onnx
 from dfine.config import Config, ConfigError, DataConfig, LossConfig
 from dfine.data.transforms import PageError, pad, sized
+from dfine.inference import DEDUPE
 from dfine.inference.documents import list_pages, read
 from dfine.inference.evaluation import finite
-from dfine.inference.pages import DEDUPE
 from dfine.inference.results import truth_of
 from dfine.losses.criterion import Normalisers, Truth, scheduled, stack, supervise
 from dfine.losses.golsd import union
@@ -52,29 +70,21 @@ class Seen(NamedTuple):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="best.pt, published weights, or org/NAME")
-    parser.add_argument("file", type=Path, metavar="PAGE", help="an image, or a PDF or TIFF")
-    parser.add_argument("--out", required=True, type=Path, help="HTML file to write")
-    parser.add_argument("--annotations", type=Path, metavar="JSON", help="COCO json with the page")
-    parser.add_argument("--page", default="1", metavar="NUMBER", help="of a PDF or TIFF (default: %(default)s)")
-    options = parser.parse_args()
-    if options.out.suffix != ".html":
-        parser.error(f"--out must end in .html, found {options.out}")
+    options = arguments()
     if is_onnx(options.checkpoint):
         raise ConfigError(f"{options.checkpoint}: an ONNX file hides its layers: name the checkpoint that it is from")
-    place = next(list_pages([options.file], options.page))
-    if isinstance(place, PageError):
-        raise place
-    page, target = read(*place).pixels, None
+    location = next(list_pages([options.file], options.page))
+    if isinstance(location, PageError):
+        raise location
+    page, target = read(*location).pixels, None
     model, config, categories = load_model(options.checkpoint)
     if options.annotations is not None:
-        target = truth_of(place, page.shape[:2], options.annotations, categories, options.checkpoint)
+        target = truth_of(location, page.shape[:2], options.annotations, categories, options.checkpoint)
     model.deploy()
-    data = explained(model, config, categories, page, str(place), target) | {"checkpoint": options.checkpoint}
+    data = explained(model, config, categories, page, str(location), target) | {"checkpoint": options.checkpoint}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(as_html(data), encoding="utf-8")
-    print(f"{options.out}: {place} with {len(data['queries'])} queries; open it in a browser")
+    print(f"{options.out}: {location} with {len(data['queries'])} queries; open it in a browser")
 
 
 @torch.inference_mode()
@@ -139,8 +149,8 @@ def explained(
             "points": rounded(seen.points[:, 0, q], 4),  # (L, heads, P, 3)
         }
         | (verdicts[q] if verdicts else {})
-        for place, q in enumerate(best)
-        if place < SHOWN or (verdicts and verdicts[q]["truth"] is not None)
+        for rank, q in enumerate(best)
+        if rank < SHOWN or (verdicts and verdicts[q]["truth"] is not None)
     ]
     truth = target and {"labels": target.labels.tolist(), "boxes": rounded(cxcywh_to_xyxy(target.boxes) * pixels, 3)}
     about = {"file": file, "width": width, "height": height, "href": data_uri(page), "dedupe": DEDUPE}

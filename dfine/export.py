@@ -8,10 +8,25 @@ The last two are for models around an HGNetV2; PATH is a folder for them, and fo
 """
 
 import argparse
-import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="best.pt of a run, published weights, or a name on the hub")
+    parser.add_argument("--format", required=True, choices=("onnx", "transformers", "original"))
+    parser.add_argument("--out", required=True, type=Path, help="what to write")
+    parser.add_argument("--half", action="store_true", help="onnx: weights in half precision, for half the file")
+    options = parser.parse_args()
+    if options.half and options.format != "onnx":
+        parser.error("--half is for --format onnx")
+    return options
+
+
+if __name__ == "__main__":
+    arguments()  # before torch is imported, which takes seconds: --help need not wait for it
+
+import sys
 from typing import Any
 
 from dfine.checkpoints import onnx_format, original, ours, transformers_format
@@ -42,29 +57,20 @@ def to_original(folder: Path, model: DFine, config: Config, categories: list[dic
 def to_onnx(path: Path, model: DFine, config: Config, categories: list[dict[str, Any]], half: bool = False) -> None:
     if not onnx_format.is_onnx(path) or path.is_dir():
         raise ours.CheckpointError(f"{path}: name a file that ends in .onnx")
+    print(f"{path}: torch traces the model and writes its graph, which takes about a minute", flush=True)
     onnx_format.write(path, model, config, categories, half)
-    print(f"{path}: {len(categories)} classes, any number of pages, any sides in multiples of {model.strides[-1]}")
-
-
-FORMATS: dict[str, Callable[[Path, DFine, Config, list[dict[str, Any]]], None]] = {
-    "onnx": to_onnx,
-    "transformers": to_transformers,
-    "original": to_original,
-}
+    size, stride = path.stat().st_size / 1e6, model.strides[-1]
+    print(f"{path}: {size:.1f} MB, {len(categories)} classes, any number of pages, any sides in multiples of {stride}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="best.pt of a run, published weights, or a name on the hub")
-    parser.add_argument("--format", required=True, choices=FORMATS)
-    parser.add_argument("--out", required=True, type=Path, help="what to write")
-    parser.add_argument("--half", action="store_true", help="onnx: weights in half precision, for half the file")
-    arguments = parser.parse_args()
-    if arguments.half:
-        if arguments.format != "onnx":
-            parser.error("--half is for --format onnx")
-        FORMATS["onnx"] = partial(to_onnx, half=True)
-    FORMATS[arguments.format](arguments.out, *load_model(arguments.checkpoint))
+    options = arguments()
+    model, config, categories = load_model(options.checkpoint)
+    if options.format == "onnx":
+        to_onnx(options.out, model, config, categories, options.half)
+    else:
+        to_folder = {"transformers": to_transformers, "original": to_original}[options.format]
+        to_folder(options.out, model, config, categories)
 
 
 if __name__ == "__main__":

@@ -9,25 +9,11 @@ read or drawn is named and the others go on; the exit status is then 1.
 """
 
 import argparse
-import json
 import os
-import signal
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
-from torch.utils.data import Dataset
-from tqdm import tqdm
-
-from dfine.data.batches import PageLoader, leave_signals_to_the_main_process
-from dfine.data.transforms import PageError
-from dfine.inference.documents import DPI, MARK, Place, list_pages, page_ranges, read
-from dfine.inference.pages import DEDUPE, Found, as_it_is, load
-from dfine.inference.pictures import draw
-from dfine.inference.results import CocoImages, JsonList, page_entry, read_predictions
+from dfine.arguments import page_ranges
+from dfine.inference import DEDUPE, DPI, THRESHOLD
 
 
 def arguments(line: list[str] | None = None) -> argparse.Namespace:
@@ -37,7 +23,7 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
     add("paths", nargs="+", type=Path, metavar="FILE_OR_FOLDER")
     add("--out", required=True, type=Path, help="folder for predictions.json and the pictures")
     add("--resume", action="store_true", help="go on after the pages in predictions.json; give the same options again")
-    add("--threshold", type=fraction, default=0.3, help="least score, from 0 to 1 (default: %(default)s)")
+    add("--threshold", type=fraction, default=THRESHOLD, help="least score, from 0 to 1 (default: %(default)s)")
     add(
         "--dedupe",
         type=fraction,
@@ -45,7 +31,7 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
         metavar="IOU",
         help="drop boxes that overlap a better one by more (default: %(default)s; 1: none)",
     )
-    add("--pages", type=numbers, default="", help="of PDFs and TIFFs, such as 1-3,7 or 5- (default: all)")
+    add("--pages", type=page_numbers, default="", help="of PDFs and TIFFs, such as 1-3,7 or 5- (default: all)")
     add("--dpi", type=positive, default=DPI, help="for PDFs (default: %(default)g, two pixels a point)")
     add(
         "--pictures",
@@ -70,13 +56,57 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(line)
 
 
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+    return value
+
+
+def positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def page_numbers(text: str) -> str:
+    try:
+        page_ranges(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+if __name__ == "__main__":
+    arguments()  # before torch is imported, which takes seconds: --help need not wait for it
+
+import json
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from dfine.data.batches import PageLoader, leave_signals_to_the_main_process
+from dfine.data.transforms import PageError
+from dfine.inference.documents import MARK, PageLocation, list_pages, read
+from dfine.inference.pages import PageResult, as_it_is, load
+from dfine.inference.pictures import draw
+from dfine.inference.results import CocoImages, JsonList, page_entry, read_predictions
+
+
 def main() -> int:
     """Returns 1 if a page could not be read or drawn, else 0."""
     options = arguments()
     detector = load(options.checkpoint, fast=options.fast)
     coco = CocoImages(options.coco, detector.categories) if options.coco else None
     listed = list(list_pages(options.paths, options.pages))
-    places = [place for place in listed if not isinstance(place, PageError)]
+    locations = [location for location in listed if not isinstance(location, PageError)]
     errors: list[PageError] = []
 
     def report(error: PageError) -> None:
@@ -86,16 +116,16 @@ def main() -> int:
     for error in listed:
         if isinstance(error, PageError):
             report(error)
-    if not places:
+    if not locations:
         return 1
     options.out.mkdir(parents=True, exist_ok=True)
     predictions = options.out / "predictions.json"
     former = read_predictions(predictions) if options.resume else []
     done = {(entry["file"], entry["page"]) for entry in former}
     results = JsonList(predictions, former)
-    places = [place for place in places if (str(place.file), place.page) not in done]
+    locations = [location for location in locations if (str(location.file), location.page) not in done]
     found = detector.stream(
-        places, options.threshold, options.dedupe, dpi=options.dpi, workers=options.workers, on_error=report
+        locations, options.threshold, options.dedupe, dpi=options.dpi, workers=options.workers, on_error=report
     )
     drawn: Any = PageLoader(
         Drawing(options.out, options.pictures, options.dpi, detector.categories),
@@ -105,12 +135,17 @@ def main() -> int:
         collate_fn=as_it_is,
         worker_init_fn=leave_signals_to_the_main_process,
     )
-    for entry, error in tqdm(drawn, "predicting", total=len(places), unit="page"):
+    for entry, error in tqdm(drawn, "predicting", total=len(locations), unit="page"):
         results.append(entry)
         if error is not None:
             report(error)
+    written = ["predictions.json"]
+    if options.pictures != "none":
+        written.append("pictures")
     if coco is not None:
         write_coco(coco, predictions, options.out / "detections.json", report)
+        written.append("detections.json")
+    print(f"{results.length} pages in {options.out}: {', '.join(written)}")
     return int(bool(errors))
 
 
@@ -120,7 +155,7 @@ class Drawing(Dataset):
     def __init__(self, folder: Path, kind: str, dpi: float, categories: list[dict[str, Any]]) -> None:
         self.folder, self.kind, self.dpi, self.categories = folder, kind, dpi, categories
 
-    def __getitem__(self, item: tuple[int, Found]) -> tuple[dict[str, Any], PageError | None]:
+    def __getitem__(self, item: tuple[int, PageResult]) -> tuple[dict[str, Any], PageError | None]:
         """A page's entry in predictions.json, and why it has no picture.
 
         Args:
@@ -136,11 +171,11 @@ class Drawing(Dataset):
                 self.draw(found, self.folder / name)
                 picture = name
             except (OSError, PageError) as error:
-                place = Place(found.file, found.page)
-                failure = PageError(f"{place}: its detections are saved, but its picture cannot be: {error}")
+                location = PageLocation(found.file, found.page)
+                failure = PageError(f"{location}: its detections are saved, but its picture cannot be: {error}")
         return page_entry(found, picture, self.categories), failure
 
-    def draw(self, found: Found, path: Path) -> None:
+    def draw(self, found: PageResult, path: Path) -> None:
         """
         Raises:
             OSError: the picture cannot be written; nothing is left of it. PageError: the page cannot be read any more.
@@ -168,28 +203,6 @@ def write_coco(coco: CocoImages, predictions: Path, path: Path, report: Callable
         except PageError as error:
             report(error)
     path.write_text(json.dumps(results))
-
-
-def fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
-    return value
-
-
-def positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
-
-
-def numbers(text: str) -> str:
-    try:
-        page_ranges(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text
 
 
 if __name__ == "__main__":

@@ -3,19 +3,36 @@
 import argparse
 from pathlib import Path
 
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for images/ and annotations.json")
+    parser.add_argument("--pages", type=int, required=True, help="how many pages to draw")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other pages (default: %(default)s)")
+    options = parser.parse_args()
+    if options.pages < 1:
+        parser.error(f"--pages must be at least 1, not {options.pages}")
+    if options.seed < 0:
+        parser.error(f"--seed must be at least 0, not {options.seed}")
+    return options
+
+
+if __name__ == "__main__":
+    arguments()  # before numpy and OpenCV are imported, which takes a second: --help need not wait for it
+
+import sys
+
 from dfine.data.synthetic.pages import write_folder
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for images/ and annotations.json")
-    parser.add_argument("--pages", type=int, required=True, help="how many pages to draw")
-    parser.add_argument("--seed", type=int, default=0, help="another seed draws other pages (default: 0)")
-    arguments = parser.parse_args()
-    if arguments.pages < 1:
-        parser.error(f"--pages must be at least 1, not {arguments.pages}")
-    write_folder(arguments.out, arguments.seed, arguments.pages)
+    options = arguments()
+    write_folder(options.out, options.seed, options.pages)
+    print(f"{options.pages} pages in {options.out / 'images'}, their boxes in {options.out / 'annotations.json'}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:
+        sys.exit(f"error: {error}")

@@ -10,7 +10,7 @@ from published import noise, publish_recorded
 from tiny import tiny_config, tiny_model
 
 from dfine import export
-from dfine.checkpoints import original, ours
+from dfine.checkpoints import ours
 from dfine.checkpoints.loading import load_model
 from dfine.config import Config
 from dfine.model.detector import DFine
@@ -47,7 +47,7 @@ def test_a_run_becomes_a_file_of_the_original(
 ) -> None:
     start(monkeypatch, "--checkpoint", run[0], "--format", "original", "--out", tmp_path / "out")
     assert "classes text, title, list, in this order" in capsys.readouterr().out
-    again = original.load(tmp_path / "out" / "model.pth")
+    again, _, _ = load_model(tmp_path / "out" / "model.pth")
     assert all(tensor.equal(again.state_dict()[name]) for name, tensor in run[1].state_dict().items())
 
 

@@ -23,7 +23,7 @@ from dfine import predict
 from dfine.checkpoints import ours
 from dfine.config import Config, DataConfig
 from dfine.data.transforms import PageError
-from dfine.inference.pages import DEDUPE
+from dfine.inference import DEDUPE
 from dfine.inference.results import JsonList
 from dfine.model.detector import DFine
 

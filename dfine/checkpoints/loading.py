@@ -140,21 +140,21 @@ def _weights(path: Path, model: DFine) -> tuple[State, list[str] | None, int, st
 def _with_rows(fresh: Tensor, tensor: Tensor, taken: dict[int, int | None]) -> Tensor:
     """`fresh` with some of its rows from a tensor: {row of fresh: row of the tensor or None}."""
     new = fresh.clone()
-    for row, place in taken.items():
-        if place is not None:
-            new[row] = tensor[place]
+    for row, source in taken.items():
+        if source is not None:
+            new[row] = tensor[source]
     return new
 
 
 def matched(theirs: list[str], own: list[str]) -> list[int | None]:
-    """For each of our classes its place among theirs by name, or None; case, `-`, `_` and spaces do not matter.
+    """For each of our classes the index of theirs with its name, or None; case, `-`, `_` and spaces do not matter.
 
     Where several have one name, the first is matched with the first.
     """
-    places: dict[str, list[int]] = {}
-    for place, name in enumerate(theirs):
-        places.setdefault(_plain(name), []).append(place)
-    return [places[_plain(name)].pop(0) if places.get(_plain(name)) else None for name in own]
+    indices: dict[str, list[int]] = {}
+    for index, name in enumerate(theirs):
+        indices.setdefault(_plain(name), []).append(index)
+    return [indices[_plain(name)].pop(0) if indices.get(_plain(name)) else None for name in own]
 
 
 def _plain(name: str) -> str:
@@ -182,20 +182,20 @@ def _class_map(
         return text
     kept = [(name, theirs[row]) for name, row in zip(names, rows, strict=True) if row is not None]
     text += f"\n  keep their rows: {listed([own if own == their else f'{own} ({their})' for own, their in kept])}"
-    unused = [name for place, name in enumerate(theirs) if place not in rows]
+    unused = [name for row, name in enumerate(theirs) if row not in rows]
     return text + (f"\n  not taken: {listed(unused)}" if unused else "")
 
 
 def load_teacher(config: Config, source: str, categories: list[dict[str, Any]]) -> DFine:
     """The frozen model of `distill.teacher`, deployed; everything about it comes from its checkpoint.
 
-    Classes that only the teacher knows are left out of it.
+    Its classes are brought into the student's order; those that only the teacher knows are left out of it.
 
     Args:
         config: the student's. source: the file it was read from, for messages. categories: of the student's pages.
     Raises:
-        ConfigError: no teacher is named, or it has other strides, lacks one of the student's classes or has them in
-            another order; names both files. Or it is to answer denoising queries, which it has never seen.
+        ConfigError: no teacher is named, or it has other strides or lacks one of the student's classes; names both
+            files. Or it is to answer denoising queries, which it has never seen.
         CheckpointError: see `load_model`.
     """
     path = config.distill.teacher
@@ -209,11 +209,11 @@ def load_teacher(config: Config, source: str, categories: list[dict[str, Any]]) 
         )
     names, their_names = [c["name"] for c in categories], [c["name"] for c in their_categories]
     rows = [row for row in matched(their_names, names) if row is not None]
-    if len(rows) < len(names) or rows != sorted(rows):
+    if len(rows) < len(names):
         pages = config.data.train.annotations or "the drawn pages"
         raise ConfigError(
             f"distill.teacher: {path} knows the classes {', '.join(their_names)}; {pages} (data.train of {source}) has "
-            f"{', '.join(names)}: both need the same in the same order"
+            f"{', '.join(names)}: the teacher must know them all"
         )
     if config.distill.denoising and theirs.model.denoising.queries == 0:
         raise ConfigError(

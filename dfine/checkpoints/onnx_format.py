@@ -4,7 +4,7 @@
          sizes      (B, 2) int64: valid height, width of each page on that canvas
          originals  (B, 2) int64: height, width that boxes are wanted in, such as those of the scans
     out  scores     (B, K) from 0 to 1, the best first; K is 300 unless queries times classes are fewer
-         labels     (B, K) int64, places in `categories`
+         labels     (B, K) int64, indices into `categories`
          boxes      (B, K, 4) xyxy in pixels of `originals`, clipped to the page
 
 One file takes any number of pages and any canvas. All pages of a call should have the canvas that they have when they

@@ -1,9 +1,7 @@
 """Reads and writes checkpoints of the original implementation (github.com/Peterande/D-FINE; N, S, M, L and X).
 
-    model = original.load("dfine_l_coco.pth")  # ready to detect the classes it was trained on
-
-or `model.init_from=dfine_l_coco.pth` in a config. Architecture and weights come from the checkpoint's tensors, the
-backbone is timm's HGNetV2. Whatever is left over on either side stops the reading and is named.
+Architecture and weights come from the checkpoint's tensors, the backbone is timm's HGNetV2. A tensor that is left over
+on either side is an error that names it.
 
 The original feeds images in [0, 1] as they are: mean 0, std 1. While training it freezes the backbone's stem and batch
 norms of L and X; here they are ordinary ones, which in evaluation mode is the same.
@@ -11,7 +9,6 @@ norms of L and X; here they are ordinary ones, which in evaluation mode is the s
 
 import math
 import re
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -111,43 +108,6 @@ def kin(names: Iterable[str]) -> str:
     return " (it looks like RT-DETR's)" if ".value_proj." in text else ""
 
 
-def load(path: str | Path, classes: int | None = None) -> DFine:
-    """The model of a published checkpoint, with its weights, in evaluation mode.
-
-    Args:
-        classes: None: those of the checkpoint. With another number class heads and denoising embedding start anew,
-            which a warning says.
-    Raises:
-        ValueError: not a checkpoint of the original, or not all of it maps; names what does not.
-    """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    if not is_official(checkpoint):
-        raise ValueError(f"{path}: not a checkpoint of the original implementation")
-    model = DFine(model_config(checkpoint), classes or opened(checkpoint).classes)
-    state, anew = convert(checkpoint, model)
-    model.load_state_dict(state, strict=False)
-    if anew:
-        warnings.warn(
-            f"{path} has not all that {model.classes} classes need; start anew: {', '.join(anew)}", stacklevel=2
-        )
-    return model.eval()
-
-
-def convert(checkpoint: dict[str, Any], model: DFine) -> tuple[State, list[str]]:
-    """The weights of an official checkpoint under the names of our model, and what of the model starts anew.
-
-    Returns:
-        All of the model's state dict but what starts anew; the names of that: class heads and denoising embedding if
-        the number of classes differs, else only what the checkpoint lacks of these.
-    Raises:
-        ValueError: see `translated`.
-    """
-    foreign = opened(checkpoint)
-    state = translated(foreign, model)
-    anew = [name for name in class_dependent(model) if foreign.classes != model.classes or name not in state]
-    return {name: tensor for name, tensor in state.items() if name not in anew}, anew
-
-
 def translated(foreign: Foreign, model: DFine) -> State:
     """The state dict of our model from another implementation's checkpoint.
 
@@ -198,11 +158,6 @@ def state_of(model: DFine, config: ModelConfig) -> State:
     state["decoder.anchors"] = anchors.logit().masked_fill(~valid[..., None], torch.inf)
     state["decoder.valid_mask"] = valid[..., None]
     return state
-
-
-def model_config(checkpoint: dict[str, Any]) -> ModelConfig:
-    """The architecture of an official checkpoint; see `architecture`."""
-    return architecture(opened(checkpoint))
 
 
 def architecture(foreign: Foreign) -> ModelConfig:

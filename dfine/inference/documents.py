@@ -7,7 +7,6 @@ points: a box in points can be written into the file as the /Rect of an annotati
 """
 
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from itertools import count, islice
 from pathlib import Path
@@ -16,18 +15,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from dfine.arguments import page_ranges
 from dfine.data.transforms import PageError, as_page, read_page
+from dfine.inference import DPI
 
-# Two pixels a point: A4 has 1190x1684 pixels. That is above the 600 to 1025 of the pages in PubLayNet and DocLayNet, so
-# that a page is shrunk to the model's short edge (640), as theirs mostly are. More dots change little but the time.
-DPI = 144.0
 MAX_PIXELS = 36_000_000  # of a rendered page, as A4 has at 600 dpi; 108 MB. A larger page is rendered with fewer dpi.
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pdf", ".png", ".tif", ".tiff", ".webp"}  # what is read in folders
 MARK = "with boxes drawn by dfine.predict"  # in the first bytes of its pictures, which are no pages to predict on
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the first bytes; + is BigTIFF
 
 
-class Place(NamedTuple):
+class PageLocation(NamedTuple):
     """Where a page is."""
 
     file: Path
@@ -45,7 +43,7 @@ class PagePixels(NamedTuple):
     to_points: np.ndarray | None  # (2, 3) float64: (x, y, 1) in pixels -> (x, y) in points; of PDFs alone
 
 
-def list_pages(paths: Iterable[Path], numbers: str = "") -> Iterator[Place | PageError]:
+def list_pages(paths: Iterable[Path], numbers: str = "") -> Iterator[PageLocation | PageError]:
     """The pages of files and folders in order, without reading them; what cannot be listed is an error among them.
 
     Args:
@@ -75,23 +73,6 @@ def list_pages(paths: Iterable[Path], numbers: str = "") -> Iterator[Place | Pag
             yield from _pages_of(file, ranges)
 
 
-def page_ranges(numbers: str) -> list[range]:
-    """ "1-3,7" -> [range(1, 4), range(7, 8)]; "5-" goes to the end.
-
-    Raises:
-        ValueError: something else.
-    """
-    ranges = []
-    for part in numbers.split(",") if numbers else []:
-        first, to, last = part.strip().partition("-")
-        if not (first.isdecimal() and (last.isdecimal() or not last)):
-            raise ValueError(f"{part!r}: write numbers of pages such as 1-3,7")
-        ranges.append(range(int(first), (int(last) if last else sys.maxsize if to else int(first)) + 1))
-        if ranges[-1].start < 1 or not ranges[-1]:
-            raise ValueError(f"{part!r}: pages count upwards from 1")
-    return ranges
-
-
 def read(file: str | Path, page: int = 1, dpi: float = DPI) -> PagePixels:
     """Reads or renders one page of a file.
 
@@ -100,19 +81,19 @@ def read(file: str | Path, page: int = 1, dpi: float = DPI) -> PagePixels:
     Raises:
         PageError: it cannot be read; names file and page.
     """
-    place, head = Place(Path(file), page), _head(Path(file))
-    if _is_pdf(place.file, head):
-        return _render(place, dpi)
+    location, head = PageLocation(Path(file), page), _head(Path(file))
+    if _is_pdf(location.file, head):
+        return _render(location, dpi)
     if head[:4] not in TIFF:
         if page != 1:
-            raise PageError(f"{place}: an image has one page")
+            raise PageError(f"{location}: an image has one page")
         return PagePixels(read_page(file), None)
     try:
         with Image.open(file) as image:
             next(islice(_tiff_pages(image), page - 1, None))
             return PagePixels(as_page(image), None)
     except Exception as error:  # what Pillow and the libraries below it raise on a broken file is no closed list
-        raise PageError(f"{place}: cannot read the page: {str(error) or type(error).__name__}") from error
+        raise PageError(f"{location}: cannot read the page: {str(error) or type(error).__name__}") from error
 
 
 def is_one_page(path: Path) -> bool:
@@ -129,7 +110,7 @@ def boxes_in_points(boxes: np.ndarray, to_points: np.ndarray) -> np.ndarray:
     return np.concatenate([corners.min(1), corners.max(1)], axis=1)
 
 
-def _pages_of(file: Path, ranges: list[range]) -> Iterator[Place | PageError]:
+def _pages_of(file: Path, ranges: list[range]) -> Iterator[PageLocation | PageError]:
     head, broken = _head(file), None
     if _is_pdf(file, head):
         try:
@@ -145,9 +126,10 @@ def _pages_of(file: Path, ranges: list[range]) -> Iterator[Place | PageError]:
                 for _ in _tiff_pages(image):
                     pages += 1
         except Exception as error:  # as in `read`; what comes after a broken page cannot be found
-            broken = PageError(f"{Place(file, pages + 1)}: cannot read the page: {str(error) or type(error).__name__}")
+            location = PageLocation(file, pages + 1)
+            broken = PageError(f"{location}: cannot read the page: {str(error) or type(error).__name__}")
     else:
-        yield Place(file, 1)
+        yield PageLocation(file, 1)
         return
     if pages == 0:
         yield broken or PageError(f"{file}: has no pages")
@@ -155,7 +137,7 @@ def _pages_of(file: Path, ranges: list[range]) -> Iterator[Place | PageError]:
     chosen = (
         {page for numbers in ranges for page in numbers[:pages] if page <= pages} if ranges else range(1, pages + 1)
     )
-    yield from (Place(file, page) for page in sorted(chosen))
+    yield from (PageLocation(file, page) for page in sorted(chosen))
     for numbers in ranges:
         if numbers.start > pages:
             yield PageError(f"{file}: has no page {numbers.start}: it ends with page {pages}")
@@ -211,10 +193,10 @@ def _open_pdf(file: Path) -> Any:
     return pdf
 
 
-def _render(place: Place, dpi: float) -> PagePixels:
-    with _open_pdf(place.file) as pdf:
+def _render(location: PageLocation, dpi: float) -> PagePixels:
+    with _open_pdf(location.file) as pdf:
         try:
-            page = pdf[place.page - 1]
+            page = pdf[location.page - 1]
             width, height = page.get_size()  # after rotation, of the crop box
             left, bottom, right, top = page.get_bbox()  # the crop box, before rotation
             if width * height == 0:
@@ -222,7 +204,7 @@ def _render(place: Place, dpi: float) -> PagePixels:
             scale = min(dpi / 72, (MAX_PIXELS / (width * height)) ** 0.5)
             pixels = page.render(scale, rev_byteorder=True).to_numpy().copy()
         except Exception as error:  # pdfium's, or numbers in the file that no page can have
-            raise PageError(f"{place}: cannot read the page: {error}") from error
+            raise PageError(f"{location}: cannot read the page: {error}") from error
         # The pixels' upper left, upper right and lower left corner in user space: each turn by 90 degrees clockwise
         # brings up the crop box's next corner against the clock.
         corners = np.array([[left, top], [left, bottom], [right, bottom], [right, top]], dtype=np.float64)

@@ -20,6 +20,7 @@ from dfine.checkpoints.loading import listed, matched
 from dfine.checkpoints.onnx_format import OnnxModel
 from dfine.config import ConfigError
 from dfine.data.sources import Source
+from dfine.inference import THRESHOLD
 from dfine.model.detector import DFine, detect
 from dfine.structures import Batch, Detections
 
@@ -27,8 +28,6 @@ from dfine.structures import Batch, Detections
 # name says otherwise; s, m, l are boxes of up to 32^2, up to 96^2 and more square pixels of the original page.
 OFFICIAL = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 MAX_DETECTIONS = [1, 10, 100, 300]  # a page: COCO's three, and as many as `detect` gives
-
-SHOWN = 0.3  # the score from which on a detection is shown to people, as `predict` does by default
 
 
 class Stopped(Exception):
@@ -210,13 +209,13 @@ def shown(result: COCOeval, detections: list[dict[str, Any]]) -> dict[str, float
     everything = [e for e in result.evalImgs if e is not None and e["aRng"] == result.params.areaRng[0]]
     truths, found, right = 0, 0, 0
     for page in everything:  # of one class each
-        counted = (np.array(page["dtScores"]) >= SHOWN) & ~page["dtIgnore"][0].astype(bool)
+        counted = (np.array(page["dtScores"]) >= THRESHOLD) & ~page["dtIgnore"][0].astype(bool)
         truths += int((~np.array(page["gtIgnore"], bool)).sum())
         found += int(counted.sum())
         right += int((page["dtMatches"][0] > 0)[counted].sum())
     groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for detection in detections:
-        if detection["score"] >= SHOWN:
+        if detection["score"] >= THRESHOLD:
             groups.setdefault((detection["image_id"], detection["category_id"]), []).append(detection)
     duplicates = 0
     for group in groups.values():
@@ -245,7 +244,7 @@ def table(metrics: dict[str, Any]) -> str:
         [
             "".join(f"{name:>7}" for name in numbers),
             "".join(map(_cell, numbers.values())),
-            f"scores from {SHOWN} on: {people} a page",
+            f"scores from {THRESHOLD} on: {people} a page",
             "",
             f"{'class':{width}}     AP   AP50",
             *(f"{name:{width}}{_cell(m['AP'])}{_cell(m['AP50'])}" for name, m in metrics["per_class"].items()),

@@ -1,7 +1,7 @@
 """Pages in, detections out: `dfine.load` gives a `Detector`, which takes images, PDFs and folders of them."""
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
@@ -17,26 +17,24 @@ from dfine.checkpoints.onnx_format import OnnxModel, is_onnx
 from dfine.config import ConfigError, DataConfig
 from dfine.data.batches import PageLoader, leave_signals_to_the_main_process
 from dfine.data.sources import Source
-from dfine.data.transforms import PageError, as_page, canvas_of, pad, sized
-from dfine.inference.documents import DPI, Place, boxes_in_points, is_one_page, list_pages, read
+from dfine.data.transforms import PageError, as_page, pad, sized
+from dfine.inference import DEDUPE, DPI, THRESHOLD
+from dfine.inference.documents import PageLocation, boxes_in_points, is_one_page, list_pages, read
 from dfine.inference.evaluation import answer, finite
-from dfine.inference.pictures import draw, grid
+from dfine.inference.pictures import draw, grid, headed
 from dfine.model.detector import DFine
 from dfine.structures import Detections
 
 Page = str | Path | Image.Image | np.ndarray
-# Doubled boxes are what people complain about most, and no two true boxes of 878 real pages overlap by more than half.
-# Without it a model has AP .208 on 165 of them, with it .305; with .6 or .8 the same to .003 (tools/MEASURED.md).
-DEDUPE = 0.7
 
 
-class Found(NamedTuple):
+class PageResult(NamedTuple):
     """What is found on one page, the best first."""
 
     labels: list[str]  # K class names
     scores: np.ndarray  # (K,) from 0 to 1
     boxes: np.ndarray  # (K, 4) xyxy in pixels of the page as one sees it, that is after its (EXIF or PDF) rotation
-    classes: np.ndarray  # (K,) int64, places in `Detector.categories`
+    classes: np.ndarray  # (K,) int64, indices into `Detector.categories`
     size: tuple[int, int]  # height, width of the page in these pixels
     file: Path | None = None  # None: it was an array or a PIL image
     page: int = 1  # of the file, from 1
@@ -59,7 +57,7 @@ class Detector:
     @overload
     def __call__(
         self, pages: Image.Image | np.ndarray, threshold: float = ..., dedupe: float = ..., **more: Any
-    ) -> Found: ...
+    ) -> PageResult: ...
 
     @overload  # what a path gives depends on its file
     def __call__(self, pages: str | Path, threshold: float = ..., dedupe: float = ..., **more: Any) -> Any: ...
@@ -67,11 +65,11 @@ class Detector:
     @overload
     def __call__(
         self, pages: Iterable[Page], threshold: float = ..., dedupe: float = ..., **more: Any
-    ) -> list[Found]: ...
+    ) -> list[PageResult]: ...
 
     def __call__(
-        self, pages: Page | Iterable[Page], threshold: float = 0.3, dedupe: float = DEDUPE, **more: Any
-    ) -> Found | list[Found]:
+        self, pages: Page | Iterable[Page], threshold: float = THRESHOLD, dedupe: float = DEDUPE, **more: Any
+    ) -> PageResult | list[PageResult]:
         """Finds the layout of one page or of many.
 
         Args:
@@ -88,15 +86,15 @@ class Detector:
 
     def stream(
         self,
-        pages: Iterable[Page | Place | PageError],
-        threshold: float = 0.3,
+        pages: Iterable[Page | PageLocation | PageError],
+        threshold: float = THRESHOLD,
         dedupe: float = DEDUPE,
         batch_size: int = 8,
         dpi: float = DPI,
         numbers: str = "",
         workers: int = 0,
         on_error: Callable[[PageError], None] | None = None,
-    ) -> Iterator[Found]:
+    ) -> Iterator[PageResult]:
         """Finds the layout of any number of pages, one after the other: no more than some batches are in memory.
 
         Args:
@@ -115,7 +113,7 @@ class Detector:
             WorkerError: a worker is gone.
             ValueError: `numbers` is something else.
         """
-        loader: Any = PageLoader(
+        loader: Iterable[Any] = PageLoader(
             Reader(self.data, dpi),
             sampler=enumerate(_one_by_one(pages, numbers)),
             batch_size=None,
@@ -123,43 +121,35 @@ class Detector:
             collate_fn=as_it_is,
             worker_init_fn=leave_signals_to_the_main_process,
         )
-        answers: dict[int, Found | PageError] = {}
-        given = 0
-        for batch in equal_canvases(loader, batch_size, self.stride):
-            answers |= self._answers(batch, threshold, dedupe)
-            while given in answers:
-                found = answers.pop(given)
-                given += 1
-                if not isinstance(found, PageError):
-                    yield found
+        loaded = iter(loader)
+        while batch := list(islice(loaded, batch_size)):
+            results = self._results([page for page in batch if isinstance(page, Prepared)], threshold, dedupe)
+            for page in batch:
+                if isinstance(page, Prepared):
+                    yield next(results)
                 elif on_error is None:
-                    raise found
+                    raise page.error
                 else:
-                    on_error(found)
+                    on_error(page.error)
 
-    @torch.inference_mode()
-    def _answers(
-        self, batch: list["Prepared | Failed"], threshold: float, dedupe: float
-    ) -> dict[int, Found | PageError]:
-        answers: dict[int, Found | PageError] = {page.number: page.error for page in batch if isinstance(page, Failed)}
-        pages = [page for page in batch if isinstance(page, Prepared)]
+    def _results(self, pages: list["Prepared"], threshold: float, dedupe: float) -> Iterator[PageResult]:
         if not pages:
-            return answers
+            return
         images, sizes = pad([page.pixels.numpy() for page in pages], self.stride)
-        detections = answer(self.model, images, sizes, [page.size for page in pages])
+        with torch.inference_mode():
+            detections = answer(self.model, images, sizes, [page.size for page in pages])
         for page, found in zip(pages, detections, strict=True):
-            found = finite(found, str(page.place or f"page {page.number}"))
+            found = finite(found, str(page.location or f"page {page.number}"))
             found = Detections(*(x[found.scores >= threshold] for x in found))
             found = Detections(*(x[nms(found.boxes, found.scores, dedupe)] for x in found))
-            answers[page.number] = self._named(page, found)
-        return answers
+            yield self._named(page, found)
 
-    def _named(self, page: "Prepared", found: Detections) -> Found:
+    def _named(self, page: "Prepared", found: Detections) -> PageResult:
         classes, boxes = found.labels.numpy(), found.boxes.double().numpy()
         names = [self.categories[label]["name"] for label in classes]
-        file, number = page.place or (None, 1)
+        file, number = page.location or (None, 1)
         points = None if page.to_points is None else boxes_in_points(boxes, page.to_points)
-        return Found(names, found.scores.double().numpy(), boxes, classes, page.size, file, number, points)
+        return PageResult(names, found.scores.double().numpy(), boxes, classes, page.size, file, number, points)
 
 
 def load(checkpoint: str | Path, device: str | torch.device | None = None, fast: bool = False) -> Detector:
@@ -191,14 +181,13 @@ class Prepared(NamedTuple):
     number: int  # of the page among all, from 0
     pixels: Tensor  # (h, w, 3) uint8, sized as in evaluation
     size: tuple[int, int]  # height, width before that
-    place: Place | None
+    location: PageLocation | None
     to_points: np.ndarray | None
 
 
 class Failed(NamedTuple):
-    """A page that could not be read."""
+    """Why a page could not be read."""
 
-    number: int
     error: PageError
 
 
@@ -210,17 +199,17 @@ class Reader(Dataset):
 
     def __getitem__(self, item: tuple[int, Any]) -> Prepared | Failed:
         number, page = item
-        place = page if isinstance(page, Place) else None
+        location = page if isinstance(page, PageLocation) else None
         try:
-            if place is not None:
-                pixels, to_points = read(place.file, place.page, self.dpi)
+            if location is not None:
+                pixels, to_points = read(location.file, location.page, self.dpi)
             else:
                 pixels, to_points = as_array(page, number), None
         except PageError as error:
-            return Failed(number, error)
+            return Failed(error)
         size = pixels.shape[:2]
         seen = sized(pixels, self.data.eval_short_edge, self.data)
-        return Prepared(number, torch.from_numpy(seen), size, place, to_points)
+        return Prepared(number, torch.from_numpy(seen), size, location, to_points)
 
 
 def as_array(page: Any, number: int) -> np.ndarray:
@@ -250,34 +239,16 @@ def as_it_is(page: Any) -> Any:
     return page
 
 
-def equal_canvases(
-    pages: Iterable[Prepared | Failed], batch_size: int, stride: int
-) -> Iterator[list[Prepared | Failed]]:
-    """Batches of pages that need the same canvas; none waits until more than `4 * batch_size` others have come."""
-    waiting: dict[tuple[int, int], list[Prepared | Failed]] = {}  # by canvas; the group that was begun first is first
-    for page in pages:
-        if isinstance(page, Failed):
-            yield [page]
-            continue
-        canvas = canvas_of([(page.pixels.shape[0], page.pixels.shape[1])], stride)
-        waiting.setdefault(canvas, []).append(page)
-        if len(waiting[canvas]) == batch_size:
-            yield waiting.pop(canvas)
-        if waiting and page.number - next(iter(waiting.values()))[0].number >= 4 * batch_size:
-            yield waiting.pop(next(iter(waiting)))
-    yield from waiting.values()
-
-
 def _one_by_one(pages: Iterable[Any], numbers: str) -> Iterator[Any]:
     return chain.from_iterable(
         list_pages([Path(page)], numbers) if isinstance(page, str | Path) else [page] for page in pages
     )
 
 
-def beside_truth(model: DFine, pages: Source, index: int, config: DataConfig, threshold: float = 0.3) -> np.ndarray:
-    """A picture (H, W, 3) uint8 of a page of a data set: predictions on the left, truth on the right."""
+def beside_truth(model: DFine, pages: Source, index: int, config: DataConfig) -> np.ndarray:
+    """A picture (H, W, 3) uint8 of a page of a data set: what a `Detector` gives for it, and the truth."""
     page, labels, boxes = pages.read(index)
     names = [category["name"] for category in pages.categories]
-    found = Detector(model, config, pages.categories)(page, threshold, dedupe=1.0)
-    predicted = draw(page, found.classes, found.boxes, names, found.scores)
-    return grid([predicted, draw(page, labels, boxes, names)], columns=2)
+    result = Detector(model, config, pages.categories)(page)
+    predicted = draw(page, result.classes, result.boxes, names, result.scores)
+    return grid([headed(predicted, "predicted"), headed(draw(page, labels, boxes, names), "truth")], columns=2)

@@ -44,7 +44,7 @@ def draw(
         (H, W, 3) uint8, or more rows with a legend; a new array
     """
     height, width = page.shape[:2]
-    size = max(10, round(math.sqrt(height * width) / 88))  # of the font, in pixels
+    size = font_size((height, width))
     font, pen = ImageFont.load_default(size), max(1, round(size / 10))
     ends, corners = [width, height, width, height], boxes.reshape(-1, 2, 2)
     inner = np.concatenate([np.floor(corners.min(1)), np.ceil(corners.max(1))], axis=1).clip(0, ends).astype(int)
@@ -79,6 +79,11 @@ def draw(
     if legend and len(labels) > 0:
         drawn = np.concatenate([drawn, legend_of(np.unique(labels).tolist(), names, width, size)])
     return drawn
+
+
+def font_size(size: tuple[int, int]) -> int:
+    """In pixels, for a picture of this height and width."""
+    return max(10, round(math.sqrt(size[0] * size[1]) / 88))
 
 
 def page_costs(page: np.ndarray, inner: np.ndarray, outer: np.ndarray, pen: int) -> np.ndarray:
@@ -138,6 +143,14 @@ def legend_of(labels: Iterable[int], names: Sequence[str], width: int, size: int
         canvas.rectangle((x, y + size // 2, x + size, y + size // 2 + size), fill=fill)
         canvas.text((x + 1.5 * size, y + size), name, "black", font, anchor="lm")
     return np.asarray(strip)
+
+
+def headed(picture: np.ndarray, text: str) -> np.ndarray:
+    """A picture below a line of text: (H, W, 3) -> (H + h, W, 3) uint8."""
+    size = font_size(picture.shape[:2])
+    strip = Image.new("RGB", (picture.shape[1], 2 * size), "white")
+    ImageDraw.Draw(strip).text((size, size), text, "black", ImageFont.load_default(size), anchor="lm")
+    return np.concatenate([np.asarray(strip), picture])
 
 
 def colour(label: int) -> tuple[int, int, int]:

@@ -12,19 +12,19 @@ import torch
 from dfine.boxes import xyxy_to_cxcywh
 from dfine.data.sources import on_page, read_coco
 from dfine.data.transforms import PageError, have_an_area
-from dfine.inference.documents import Place
+from dfine.inference.documents import PageLocation
 from dfine.inference.evaluation import category_ids
-from dfine.inference.pages import Found
+from dfine.inference.pages import PageResult
 from dfine.structures import Target
 
 
-def page_entry(found: Found, picture: str | None, categories: list[dict[str, Any]]) -> dict[str, Any]:
+def page_entry(found: PageResult, picture: str | None, categories: list[dict[str, Any]]) -> dict[str, Any]:
     """A page as predictions.json holds it: pixels and points to three decimals, scores to six."""
     detections = []
-    for i, (label, place) in enumerate(zip(found.labels, found.classes.tolist(), strict=True)):
+    for i, (label, index) in enumerate(zip(found.labels, found.classes.tolist(), strict=True)):
         detection = {
             "label": label,
-            "category_id": categories[place]["id"],
+            "category_id": categories[index]["id"],
             "score": round(float(found.scores[i]), 6),
             "box": [round(x, 3) for x in found.boxes[i].tolist()],
         }
@@ -150,7 +150,7 @@ def id_of(entry: dict[str, Any], images: dict[str, tuple[int, tuple[int, int]]],
 
 
 def truth_of(
-    place: Place, size: tuple[int, int], annotations: Path, categories: list[dict[str, Any]], checkpoint: str
+    location: PageLocation, size: tuple[int, int], annotations: Path, categories: list[dict[str, Any]], checkpoint: str
 ) -> Target:
     """The truth of a page from a COCO json, as in training: boxes clipped to the page, crowds left out.
 
@@ -164,7 +164,7 @@ def truth_of(
     theirs = sorted(({"id": c["id"], "name": c["name"]} for c in coco["categories"]), key=lambda c: c["id"])
     ids = category_ids(categories, theirs, checkpoint, str(annotations))
     images = {i["file_name"]: (i["id"], (i["width"], i["height"])) for i in coco["images"]}
-    entry = {"file": str(place.file), "page": place.page, "width": width, "height": height}
+    entry = {"file": str(location.file), "page": location.page, "width": width, "height": height}
     image_id = id_of(entry, images, annotations)
     things = [a for a in coco["annotations"] if a["image_id"] == image_id and not a["iscrowd"]]
     labels = torch.tensor([ids.index(thing["category_id"]) for thing in things], dtype=torch.int64)

@@ -10,6 +10,7 @@ from tiny import tiny_model
 from torch import Tensor
 
 from dfine.checkpoints import loading, original
+from dfine.checkpoints.original import Foreign
 from dfine.model.detector import DFine
 
 POINTS = {"n": (6, 6)}  # the others have (3, 6, 3)
@@ -31,7 +32,7 @@ def nano(nano_checkpoint: Path) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def model(nano: dict[str, Tensor]) -> DFine:
     """A nano model with weights of its own."""
-    return DFine(original.model_config({"model": nano}), classes=80)
+    return DFine(original.architecture(Foreign(nano)), classes=80)
 
 
 def made_up(size: str, shapes: dict[str, list[int]]) -> dict[str, Tensor]:
@@ -52,10 +53,8 @@ def made_up(size: str, shapes: dict[str, list[int]]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("size", ["n", "s", "m", "l", "x"])
 def test_every_tensor_of_every_size_finds_its_own_place(size: str, sizes: dict[str, dict[str, list[int]]]):
     state = made_up(size, sizes[size])
-    model = DFine(original.model_config({"model": state}), classes=80)
-    weights, anew = original.convert({"model": state}, model)
-    model.load_state_dict(weights)
-    assert anew == []
+    model = DFine(original.architecture(Foreign(state)), classes=80)
+    model.load_state_dict(original.translated(Foreign(state), model))
     ours = {name: x.flatten()[0].item() for name, x in model.state_dict().items() if name not in ("mean", "std")}
     counted = {name: number for name, number in ours.items() if not name.endswith(original.COUNTER)}
     theirs = {name: x for name, x in state.items() if not original.DERIVED.search(name)}
@@ -74,7 +73,7 @@ def test_every_tensor_of_every_size_finds_its_own_place(size: str, sizes: dict[s
     ],
 )
 def test_the_architecture_is_read_off_the_tensors(size, backbone, strides, dims, blocks, hidden, layers, c, sizes):
-    config = original.model_config({"model": made_up(size, sizes[size])})
+    config = original.architecture(Foreign(made_up(size, sizes[size])))
     encoder_dim = config.encoder.hidden_dim or config.hidden_dim
     assert (config.backbone.name, config.strides) == (backbone, strides)
     assert (encoder_dim, config.hidden_dim) == dims
@@ -90,7 +89,7 @@ def test_the_architecture_is_read_off_the_tensors(size, backbone, strides, dims,
 
 
 def test_pixels_are_not_normalised_further(nano: dict[str, Tensor], model: DFine):
-    weights, _ = original.convert({"model": nano}, model)
+    weights = original.translated(Foreign(nano), model)
     assert weights["mean"].flatten().tolist() == [0, 0, 0]
     assert weights["std"].flatten().tolist() == [1, 1, 1]
 
@@ -98,35 +97,14 @@ def test_pixels_are_not_normalised_further(nano: dict[str, Tensor], model: DFine
 def test_the_averaged_weights_are_taken_where_there_are_any(nano: dict[str, Tensor], model: DFine):
     average = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in nano.items()}
     average |= {name: tensor for name, tensor in nano.items() if original.DERIVED.search(name)}
-    weights, _ = original.convert({"model": nano, "ema": {"module": average, "updates": 1}}, model)
+    weights = original.translated(original.opened({"model": nano, "ema": {"module": average, "updates": 1}}), model)
     assert weights["selection.norm.bias"].equal(average["decoder.enc_output.norm.bias"])
 
 
 def test_frozen_batch_norms_count_no_batches(nano: dict[str, Tensor], model: DFine):
     frozen = {name: tensor for name, tensor in nano.items() if not name.endswith(original.COUNTER)}
-    weights, _ = original.convert({"model": frozen}, model)
+    weights = original.translated(Foreign(frozen), model)
     assert weights.keys() == model.state_dict().keys()
-
-
-def test_a_model_is_loaded_ready_to_detect(nano_checkpoint: Path):
-    model = original.load(nano_checkpoint)
-    assert not model.training
-    assert model.selection.class_head.out_features == 80
-
-
-def test_with_other_classes_their_heads_and_embedding_start_anew_and_it_says_so(
-    nano_checkpoint: Path, nano: dict[str, Tensor]
-):
-    with pytest.warns(UserWarning, match=r"start anew: .*selection\.class_head\.weight.*") as warned:
-        model = original.load(nano_checkpoint, classes=11)
-    anew = str(warned[0].message).split("start anew: ")[1].split(", ")
-    heads = [f"decoder.class_heads.{i}" for i in range(3)] + ["selection.class_head"]
-    assert set(anew) == {f"{head}.{kind}" for head in heads for kind in ("weight", "bias")} | {
-        "denoising_labels.weight"
-    }
-    assert model.selection.class_head.out_features == 11
-    assert model.selection.class_head.bias.detach().sigmoid().allclose(torch.tensor(0.01))
-    assert model.selection.project.bias.equal(nano["decoder.enc_output.proj.bias"].float())
 
 
 def test_training_starts_from_a_published_checkpoint(nano_checkpoint: Path, model: DFine):
@@ -139,15 +117,12 @@ def test_training_starts_from_a_published_checkpoint(nano_checkpoint: Path, mode
 # Whole or not at all
 
 
-def test_only_the_originals_checkpoints_are_official(nano: dict[str, Tensor], tmp_path: Path):
+def test_only_the_originals_checkpoints_are_official(nano: dict[str, Tensor]):
     assert original.is_official({"model": nano})
     assert original.is_official({"ema": {"module": nano}})
     ours = tiny_model().state_dict()
     assert not original.is_official({"model": ours, "ema": ours, "config": {}})
     assert not original.is_official({})
-    torch.save({"model": ours}, tmp_path / "ours.pt")
-    with pytest.raises(ValueError, match=r"ours\.pt: not a checkpoint of the original"):
-        original.load(tmp_path / "ours.pt")
 
 
 def test_everything_that_does_not_map_is_named(nano: dict[str, Tensor], model: DFine):
@@ -157,7 +132,7 @@ def test_everything_that_does_not_map_is_named(nano: dict[str, Tensor], model: D
     broken["decoder.extra.weight"] = torch.zeros(1)
     broken["decoder.query_pos_head.layers.0.weight"] = torch.zeros(256, 5)
     with pytest.raises(ValueError, match="does not fit") as error:
-        original.convert({"model": broken}, model)
+        original.translated(Foreign(broken), model)
     lines = str(error.value).splitlines()[1:]
     assert sorted(lines) == [
         "backbone.body.stem.stem1.lab.scale has no counterpart",
@@ -169,7 +144,7 @@ def test_everything_that_does_not_map_is_named(nano: dict[str, Tensor], model: D
 
 def test_a_model_of_another_architecture_is_refused(nano: dict[str, Tensor]):
     with pytest.raises(ValueError, match=r"encoder\.lateral_convs\.0\.conv\.weight \(128, 128, 1, 1\) does not fit"):
-        original.convert({"model": nano}, tiny_model(classes=80))
+        original.translated(Foreign(nano), tiny_model(classes=80))
 
 
 @pytest.mark.parametrize(
@@ -184,20 +159,20 @@ def test_a_model_of_another_architecture_is_refused(nano: dict[str, Tensor]):
 def test_a_config_that_would_compute_something_else_with_the_weights_is_refused(
     change: dict[str, dict[str, object]], message: str, nano: dict[str, Tensor]
 ):
-    config = original.model_config({"model": nano})
+    config = original.architecture(Foreign(nano))
     for part, values in change.items():
         config = config.model_copy(update={part: getattr(config, part).model_copy(update=values)})
     with pytest.raises(ValueError, match=re.escape(message)):
-        original.convert({"model": nano}, DFine(config, classes=80))
+        original.translated(Foreign(nano), DFine(config, classes=80))
 
 
 def test_copies_of_a_number_must_agree(nano: dict[str, Tensor], model: DFine):
     twisted = nano | {"decoder.decoder.reg_scale": torch.tensor([8])}
     with pytest.raises(ValueError, match=r"decoder\.decoder\.reg_scale is not decoder\.reg_scale"):
-        original.convert({"model": twisted}, model)
+        original.translated(Foreign(twisted), model)
 
 
 @pytest.mark.parametrize("name", ["decoder.up", "decoder.enc_output.proj.weight", "backbone.stem.stem1.conv.weight"])
 def test_an_architecture_that_cannot_be_read_is_said(name: str, nano: dict[str, Tensor]):
     with pytest.raises(ValueError, match=rf"lacks {re.escape(name)}|no HGNetV2"):
-        original.model_config({"model": {key: tensor for key, tensor in nano.items() if key != name}})
+        original.architecture(Foreign({key: tensor for key, tensor in nano.items() if key != name}))

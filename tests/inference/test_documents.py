@@ -14,7 +14,7 @@ from tiny import drawn_page
 
 from dfine.data.transforms import PageError
 from dfine.inference import documents
-from dfine.inference.documents import MARK, Place, boxes_in_points, list_pages, page_ranges, read
+from dfine.inference.documents import MARK, PageLocation, boxes_in_points, list_pages, page_ranges, read
 
 needs_pdfium = pytest.mark.skipif(find_spec("pypdfium2") is None, reason="needs the extra `documents`")
 PAGE = "/MediaBox [0 0 90 120]"
@@ -34,7 +34,7 @@ def write_tiff(path: Path, *pages: np.ndarray) -> None:
 def listed(*paths: Path, numbers: str = "") -> list[str]:
     """Pages as `name:page`, errors as they are."""
     places = list_pages(paths, numbers)
-    return [f"{place.file.name}:{place.page}" if isinstance(place, Place) else str(place) for place in places]
+    return [f"{place.file.name}:{place.page}" if isinstance(place, PageLocation) else str(place) for place in places]
 
 
 # PDFs

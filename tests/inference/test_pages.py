@@ -15,8 +15,9 @@ import dfine
 from dfine.checkpoints import ours
 from dfine.config import Config, DataConfig
 from dfine.data.transforms import PageError, fit, pad, resize
+from dfine.inference import DEDUPE
 from dfine.inference.documents import list_pages
-from dfine.inference.pages import DEDUPE, Detector, Failed, Prepared, equal_canvases
+from dfine.inference.pages import Detector
 from dfine.model.detector import DFine, detect
 
 CATEGORIES = [{"id": 1, "name": "text"}, {"id": 3, "name": "table"}, {"id": 7, "name": "figure"}]
@@ -97,7 +98,7 @@ def test_a_detector_finds_the_same_on_files_pil_images_and_arrays(best: Path, tm
 def test_one_page_gives_one_answer_and_many_a_list(best: Path) -> None:
     detector = dfine.load(best, "cpu")
     page = drawn_page()
-    assert isinstance(detector(page), dfine.Found)
+    assert isinstance(detector(page), dfine.PageResult)
     assert len(detector([page])) == 1
     assert detector([]) == []
     assert len(detector(page for _ in range(3))) == 3
@@ -166,9 +167,9 @@ def test_what_a_path_gives(best: Path, documents: Path) -> None:
     assert [found.page for found in detector(documents / "a.pdf")] == [1, 2]
     assert [found.page for found in detector(documents / "b.tif")] == [1, 2]
     assert [found.page for found in detector(str(documents / "a.pdf"), numbers="2")] == [2]
-    assert isinstance(detector(documents / "c.png"), dfine.Found)
+    assert isinstance(detector(documents / "c.png"), dfine.PageResult)
     Image.fromarray(drawn_page()).save(documents / "one.tif")
-    assert isinstance(detector(documents / "one.tif"), dfine.Found)
+    assert isinstance(detector(documents / "one.tif"), dfine.PageResult)
     found = detector([documents / "c.png", drawn_page(), documents / "a.pdf"])
     assert [(page.file and page.file.name, page.page) for page in found] == [
         ("c.png", 1),
@@ -230,23 +231,6 @@ def test_pages_are_read_as_they_are_asked_for(best: Path) -> None:
     for _ in range(20):
         next(stream)
     assert taken < 20 + 3 * 2
-
-
-def test_batches_are_of_equal_canvas_and_no_page_waits_long() -> None:
-    sizes = [(64, 64), *[(64, 96)] * 30, (64, 64), (60, 90), (64, 64)]
-    pages: list[Prepared | Failed] = [
-        Prepared(number, torch.zeros(*size, 3, dtype=torch.uint8), size, None, None)
-        for number, size in enumerate(sizes)
-    ]
-    pages[5] = Failed(5, PageError("page 5"))
-    batches = [[page.number for page in batch] for batch in equal_canvases(pages, batch_size=4, stride=32)]
-    assert sorted(number for batch in batches for number in batch) == list(range(len(pages)))
-    assert [5] in batches
-    for batch in batches:
-        assert len(batch) <= 4
-        assert len({(sizes[number][0] + 31) // 32 * 32 + (sizes[number][1] + 31) // 32 for number in batch}) == 1
-    latest = max(number for batch in batches[: batches.index([0])] for number in batch)
-    assert latest <= 16  # page 0 is the only one of its kind for a while
 
 
 def test_fast_means_half_precision_on_a_cpu_that_multiplies_it(best: Path, monkeypatch: pytest.MonkeyPatch) -> None:

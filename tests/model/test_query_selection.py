@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny import anchor
 from torch import Tensor
 
 from dfine.model.query_selection import QuerySelection

@@ -7,8 +7,8 @@ import pytest
 from coco_folder import annotation, image, write
 from PIL import Image
 
+from dfine import contact_sheet
 from dfine.inference.pictures import colour
-from dfine.tools import contact_sheet
 
 
 def test_the_contact_sheet_shows_the_first_training_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
