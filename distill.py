@@ -39,7 +39,8 @@ def main() -> None:
     resumed = resumes(settings, options.resume)
 
     device = distributed.start()
-    data = engine.prepare(settings)
+    engine.prepare(settings)
+    data = engine.open_data(settings)
     model = engine.build(settings, data.categories, device, resumed)
     teacher = load_teacher(settings, options.config, data.categories)
     teacher.to(device).to(memory_format=torch.channels_last)

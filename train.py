@@ -29,7 +29,8 @@ def main() -> None:
     resumed = resumes(settings, options.resume)
 
     device = distributed.start()
-    data = engine.prepare(settings)
+    engine.prepare(settings)
+    data = engine.open_data(settings)
     model = engine.build(settings, data.categories, device, resumed)
     run = Run(settings, data, model, device)
     run.open(options.resume)

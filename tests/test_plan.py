@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "training": {"model", "losses", "data", "checkpoints", "inference"},
     "tools": {"model", "losses", "data", "checkpoints", "inference", "training"},
 }
-DOORS = {"__init__", "explain", "export", "predict", "synthetic"}
+DOORS = {"__init__", "contact_sheet", "explain", "export", "predict", "synthetic"}
 
 
 def place(module: str) -> str:

@@ -35,16 +35,20 @@ class Data(NamedTuple):
         return self.train.categories
 
 
-def prepare(config: Config) -> Data:
-    """Seeds this process, limits its threads, and opens its pages.
+def prepare(config: Config) -> None:
+    """Seeds and threads of this process."""
+    if config.train.threads:
+        torch.set_num_threads(min(config.train.threads, distributed.cores()))
+    torch.manual_seed(config.train.seed)  # the same in every process: all start from the same weights
+
+
+def open_data(config: Config) -> Data:
+    """Opens the pages and says what they are, so that a mistake shows before it costs.
 
     Raises:
         ConfigError: no pages are named, or those of training and validation have other categories. PageError: see
             `CocoPages`.
     """
-    if config.train.threads:
-        torch.set_num_threads(min(config.train.threads, distributed.cores()))
-    torch.manual_seed(config.train.seed)  # the same in every process: all start from the same weights
     train, val = open_source(config.data.train, "data.train"), open_source(config.data.val, "data.val")
     if train.categories != val.categories:
         raise ConfigError(

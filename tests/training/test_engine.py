@@ -7,7 +7,7 @@ import torch
 from scripts import train
 
 from dfine import distributed
-from dfine.config import Config, TrainConfig, override
+from dfine.config import Config, TrainConfig
 from dfine.structures import Batch
 from dfine.training import engine
 from dfine.training.run import padded_share, step_seed
@@ -58,7 +58,7 @@ def test_a_process_has_no_more_threads_than_cores(cores: int, threads: int, monk
     monkeypatch.setattr(distributed, "cores", lambda: cores)
     before = torch.get_num_threads()
     try:
-        engine.prepare(override(Config(), ["train.threads=2", "data.train.synthetic=1", "data.val.synthetic=1"]))
+        engine.prepare(Config(train=TrainConfig(threads=2)))
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)

@@ -6,36 +6,31 @@ import math
 import pytest
 import torch
 from timm.optim.muon import Muon as TimmMuon
-from timm.utils import ModelEmaV3
-from tiny import shaken, tiny_model
+from tiny import tiny_model
 from torch import nn
 
 from dfine.config import TrainConfig
-from dfine.training.optim import Average, learning_rate, optimizer, parameter_groups, set_learning_rate
+from dfine.training.optim import average, learning_rate, optimizer, parameter_groups, set_learning_rate
 
 
-def test_the_average_is_timms_though_it_lists_the_tensors_only_once():
-    model = tiny_model()
-    ours = Average(model, TrainConfig(ema_decay=0.9))
-    timms = ModelEmaV3(model, decay=0.9, use_warmup=True, warmup_power=0.75)
-    for step in range(3):
-        shaken(model)
-        model(torch.rand(1, 3, 64, 64))  # moves the running statistics and their counters
-        for average in (ours, timms):
-            average.update(model, step)
-    got, expected = ours.module.state_dict(), timms.module.state_dict()
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(got[name], value), name
+def test_the_average_forgets_faster_while_it_is_young():
+    model = nn.Linear(1, 1, bias=False)
+    ema = average(model, TrainConfig(ema_decay=0.5))
+    expected, decays = model.weight.item(), [0, 0, 1 - 2**-0.75, 0.5, 0.5]  # up to ema_decay
+    for step, decay in enumerate(decays):
+        nn.init.constant_(model.weight, step)
+        ema.update(model, step)
+        expected = decay * expected + (1 - decay) * step
+        assert ema.module.weight.item() == pytest.approx(expected)
 
 
 def test_the_average_goes_on_from_loaded_weights():
     model = tiny_model()
-    average = Average(model, TrainConfig(ema_decay=0.9))
-    average.module.load_state_dict({name: torch.zeros_like(x) for name, x in model.state_dict().items()})
-    average.update(model, 1000)
+    ema = average(model, TrainConfig(ema_decay=0.9))
+    ema.module.load_state_dict({name: torch.zeros_like(x) for name, x in model.state_dict().items()})
+    ema.update(model, 1000)
     weight = model.decoder.position[0].weight
-    torch.testing.assert_close(average.module.decoder.position[0].weight, 0.1 * weight)
+    torch.testing.assert_close(ema.module.decoder.position[0].weight, 0.1 * weight)
 
 
 def with_gradients(model: nn.Module, seed: int, frozen: str = "none of them") -> None:
