@@ -34,36 +34,9 @@ def by_embedding_bag(
     rows = rows.clamp_(0, batch * cells * heads - 1)  # a cell outside its map has share 0: any row will do
     upper, lower = weights * upper, weights * lower
     shares = torch.cat([upper * left, upper * right, lower * left, lower * right], dim=-1)
-    attended = WeightedSum.apply(value.reshape(-1, width), rows.flatten(0, 2), shares.flatten(0, 2))
+    rows, shares = rows.flatten(0, 2), shares.flatten(0, 2)  # (B Q heads, 4 P)
+    attended = F.embedding_bag(rows, value.reshape(-1, width), mode="sum", per_sample_weights=shares)
     return attended.view(batch, -1, heads * width)
-
-
-class WeightedSum(torch.autograd.Function):
-    """(R, W) values, (N, K) int32 rows of them, (N, K) shares -> (N, W) sums of a row's shares of its values.
-
-    `F.embedding_bag` on a CPU, but for the gradient of the values, which is such a sum as well: of the gradients of all
-    sums that a value went into. torch's own adds them up one by one, which takes up to twice as long.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
-        ctx.save_for_backward(values, rows, shares)
-        return F.embedding_bag(rows, values, mode="sum", per_sample_weights=shares)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, Tensor]:
-        """(N, W) -> (R, W) of the values, (N, K) of the shares."""
-        values, rows, shares = ctx.saved_tensors
-        sorted_rows, order = rows.flatten().sort()
-        starts = torch.searchsorted(sorted_rows, torch.arange(len(values), dtype=torch.int32), out_int32=True)
-        readers, their_shares = order.int() // rows.shape[1], shares.flatten()[order]
-        to_values = F.embedding_bag(readers, g, starts, mode="sum", per_sample_weights=their_shares)
-        sums = torch.arange(len(rows), dtype=torch.int32)
-        to_shares = torch.ops.aten._embedding_bag_per_sample_weights_backward(  # as torch's own embedding bag
-            g, values, rows.flatten(), sums * rows.shape[1], sums.repeat_interleave(rows.shape[1]), mode=0
-        )
-        return to_values, None, to_shares.view_as(shares)
 
 
 def between_cells(location: Tensor, cells: Tensor) -> tuple[Tensor, Tensor, Tensor]:
