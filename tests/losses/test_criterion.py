@@ -268,6 +268,19 @@ def test_negatives_and_padded_slots_must_answer_nothing():
     assert raised == {(0, 0), (0, 1), (1, 0)}
 
 
+@pytest.mark.parametrize(("queries", "negatives_count"), [(2, False), (6, True)])
+def test_ddf_of_denoising_queries_is_combined_by_the_counts_of_the_matching_queries(
+    queries: int, negatives_count: bool
+):
+    """As in the original. Where each matching query has a box, only the denoising queries with a box count."""
+    output = with_denoising(made_up(pages=1, queries=queries), most=2, groups=1)
+    before = criterion(output, PAGES[:1], W, CONFIG)["ddf_denoising"]
+    with torch.no_grad():
+        output.denoising.refined.edge_logits[0, :, 2:] *= 2  # the negatives of layer 1
+    after = criterion(output, PAGES[:1], W, CONFIG)["ddf_denoising"]
+    assert bool(after[0] != before[0]) == negatives_count
+
+
 # Empty pages
 
 
