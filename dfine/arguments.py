@@ -1,4 +1,4 @@
-"""The arguments that train.py and distill.py share. Imports nothing that takes time, so that --help need not wait."""
+"""What several commands have in their arguments. Imports nothing that takes time, so that --help need not wait."""
 
 import argparse
 import sys

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MODULES = ["predict", "export", "explain", "synthetic", "contact_sheet"]
-COMMANDS = [["evaluate.py"], *(["-m", f"dfine.{module}"] for module in MODULES)]
+COMMANDS = [["train.py"], ["distill.py"], ["evaluate.py"], *(["-m", f"dfine.{module}"] for module in MODULES)]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-1])
