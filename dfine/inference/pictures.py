@@ -20,7 +20,7 @@ COLOURS = (
 )
 # fmt: on
 TINT = 0.14  # the share of its class's colour inside a box
-BOX, INK, LABEL = 1, 8, 64  # what hiding a pixel costs a label: of a box, of ink, of another label
+BOX, INK, LABEL = 1, 8, 64  # the cost of hiding a pixel inside a box, of ink, of another label
 
 
 def draw(
@@ -87,7 +87,7 @@ def font_size(size: tuple[int, int]) -> int:
 
 
 def page_costs(page: np.ndarray, inner: np.ndarray, outer: np.ndarray, pen: int) -> np.ndarray:
-    """What each pixel costs a label that hides it, (H, W) uint8, before there are other labels."""
+    """The cost of hiding each pixel by a label, (H, W) uint8, before any label is placed."""
     grey = cv2.blur(cv2.cvtColor(page, cv2.COLOR_RGB2GRAY), (2 * pen + 1, 2 * pen + 1))  # so that a speck is no ink
     paper = np.median(grey[::4, ::4])
     costs = ((grey < paper - 40) | (grey > paper + 40)) * np.uint8(INK)
