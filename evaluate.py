@@ -20,7 +20,6 @@ if __name__ == "__main__":
     arguments()  # before torch is imported, which takes seconds: --help need not wait for it
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -75,10 +74,7 @@ def main() -> None:
         metrics_file, detections_file = folder / f"{name}.metrics.json", folder / f"{name}.detections.json"
         metrics_file.write_text(json.dumps(metrics, indent=2))
         detections_file.write_text(json.dumps(detections))
-        try:
-            print(f"{table(metrics)}\n\n{metrics_file} and {detections_file} hold all of it", flush=True)
-        except BrokenPipeError:  # `| head` wants no more, nor what Python would still print at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        say(f"{table(metrics)}\n\nwritten: {metrics_file} and {detections_file}")
     distributed.finish()
 
 

@@ -1,4 +1,4 @@
-"""The arguments that train.py and distill.py share. Imports nothing that takes time, so that --help need not wait."""
+"""What several commands have in their arguments. Imports nothing that takes time, so that --help need not wait."""
 
 import argparse
 import sys
@@ -17,7 +17,7 @@ def page_ranges(numbers: str) -> list[range]:
     """ "1-3,7" -> [range(1, 4), range(7, 8)]; "5-" goes to the end.
 
     Raises:
-        ValueError: something else.
+        ValueError: no numbers of pages.
     """
     ranges = []
     for part in numbers.split(",") if numbers else []:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -79,9 +80,14 @@ def is_main() -> bool:
 
 
 def say(text: str) -> None:
-    """Prints on the main process only, above a progress bar."""
-    if is_main():
+    """Prints on the main process only, above a progress bar. Nobody needs to read it to the end, as with `| head`."""
+    if not is_main():
+        return
+    try:
         tqdm.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def sum_over_processes(x: Tensor) -> Tensor:

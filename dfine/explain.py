@@ -225,7 +225,7 @@ def data_uri(page: np.ndarray) -> str:
 
 
 def as_html(data: dict[str, Any]) -> str:
-    """The template with the data in it, in which no name can end the script."""
+    """The template with the data in it, escaped so that a class's name cannot end the script."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     return Path(__file__).with_name("explain.html").read_text(encoding="utf-8").replace("{data}", text)
 

@@ -52,7 +52,7 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
         default=min(4, os.cpu_count() or 1),
         help="processes that read pages, and as many that draw (default: %(default)s; 0: none)",
     )
-    add("--fast", action="store_true", help="for many pages: compiled on a GPU, and in bf16 (not on CPUs without it)")
+    add("--fast", action="store_true", help="for many pages: in bf16 where that is faster, and on a GPU compiled")
     return parser.parse_intermixed_args(line)
 
 
@@ -124,12 +124,12 @@ def main() -> int:
     done = {(entry["file"], entry["page"]) for entry in former}
     results = JsonList(predictions, former)
     locations = [location for location in locations if (str(location.file), location.page) not in done]
-    found = detector.stream(
+    page_results = detector.stream(
         locations, options.threshold, options.dedupe, dpi=options.dpi, workers=options.workers, on_error=report
     )
     drawn: Any = PageLoader(
         Drawing(options.out, options.pictures, options.dpi, detector.categories),
-        sampler=enumerate(found, results.length),
+        sampler=enumerate(page_results, results.length),
         batch_size=None,
         num_workers=0 if options.pictures == "none" else options.workers,
         collate_fn=as_it_is,
@@ -150,7 +150,7 @@ def main() -> int:
 
 
 class Drawing(Dataset):
-    """What the drawing processes do: they read a page once more, so that no more than one is in the memory of each."""
+    """Draws in processes of its own. Each reads its page once more, so that no queue of pages fills the memory."""
 
     def __init__(self, folder: Path, kind: str, dpi: float, categories: list[dict[str, Any]]) -> None:
         self.folder, self.kind, self.dpi, self.categories = folder, kind, dpi, categories
@@ -161,29 +161,29 @@ class Drawing(Dataset):
         Args:
             item: the number of the entry, by which the picture is named, and what is found.
         """
-        number, found = item
-        assert found.file is not None
+        number, result = item
+        assert result.file is not None
         picture, failure = None, None
         if self.kind != "none":
             # Numbered: files in different folders may share their name. A name has at most 255 bytes, a letter 4.
-            name = f"{number:05d}_{found.file.stem[:50]}{f'_{found.page}' if found.page > 1 else ''}.{self.kind}"
+            name = f"{number:05d}_{result.file.stem[:50]}{f'_{result.page}' if result.page > 1 else ''}.{self.kind}"
             try:
-                self.draw(found, self.folder / name)
+                self.draw(result, self.folder / name)
                 picture = name
             except (OSError, PageError) as error:
-                location = PageLocation(found.file, found.page)
+                location = PageLocation(result.file, result.page)
                 failure = PageError(f"{location}: its detections are saved, but its picture cannot be: {error}")
-        return page_entry(found, picture, self.categories), failure
+        return page_entry(result, picture, self.categories), failure
 
-    def draw(self, found: PageResult, path: Path) -> None:
+    def draw(self, result: PageResult, path: Path) -> None:
         """
         Raises:
             OSError: the picture cannot be written; nothing is left of it. PageError: the page cannot be read any more.
         """
-        assert found.file is not None
-        page = read(found.file, found.page, self.dpi).pixels
+        assert result.file is not None
+        page = read(result.file, result.page, self.dpi).pixels
         names = [category["name"] for category in self.categories]
-        picture = Image.fromarray(draw(page, found.classes, found.boxes, names, found.scores))
+        picture = Image.fromarray(draw(page, result.classes, result.boxes, names, result.scores))
         mark = PngInfo()
         mark.add_text("Comment", MARK)  # so that it can be told from a page
         try:

@@ -2,6 +2,8 @@
 
 import json
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,9 @@ def test_the_script_writes_metrics_and_detections_beside_the_checkpoint(
     script("--checkpoint", best)
     metrics = json.loads((best.parent / "best.metrics.json").read_text())
     assert set(metrics) == {*OFFICIAL, "AP_300", "per_class", "shown"}
-    assert table(metrics) in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert table(metrics) in said
+    assert str(best.parent / "best.metrics.json") in said
     results = COCO(pages.annotations).loadRes(str(best.parent / "best.detections.json"))
     assert len(results.getAnnIds()) == 5 * 24
 
@@ -128,6 +132,19 @@ def test_a_json_with_other_categories_is_refused_and_both_are_named(
     pattern = rf"{other['id']}, 'name': '{other['name']}'.* knows .*3, 'name': 'table'"
     with pytest.raises(ConfigError, match=pattern):
         script("--checkpoint", best, f"data.val.images={images}", f"data.val.annotations={annotations}")
+
+
+def test_the_files_are_written_even_if_nobody_reads_what_is_printed(best: Path) -> None:
+    """As with `| head`."""
+    line = [sys.executable, "evaluate.py", "--checkpoint", str(best)]
+    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    said = process.communicate()[1].decode()
+    assert process.returncode == 0, said
+    assert "Broken" not in said
+    assert (best.parent / "best.metrics.json").exists()
+    assert (best.parent / "best.detections.json").exists()
 
 
 def test_a_mistake_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -372,6 +372,24 @@ def test_a_reader_moves_through_time_and_chooses_boxes(browser: Browser, tmp_pat
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_an_edge_is_plotted_over_the_same_bins_in_all_layers_those_that_matter_and_the_truths(
+    browser: Browser, tmp_path: Path
+) -> None:
+    data = data_of(tmp_path / "new" / "explain.html")
+    query = next(query for query in data["queries"] if query["bins"])
+    browser.run(f"choose(queries.find(q => q.query === {query['query']}))")
+    boxes = browser.run("[...document.querySelectorAll('#layers svg')].map(plot => plot.getAttribute('viewBox'))")
+    edges = torch.tensor(query["edges"])  # (L, 4, N + 1)
+    for edge in range(4):
+        (box,) = set(boxes[edge::4])
+        first, _, width, _ = map(float, box.split())
+        bins = (edges[:, edge] >= 0.01).any(0).nonzero().flatten().tolist()
+        bins += [query["bins"][edge][0], query["bins"][edge][0] + 1]
+        assert first == max(0, min(bins) - 1)
+        assert first + width - 1 == min(len(data["w"]) - 1, max(bins) + 1)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_the_page_is_light_or_dark_as_the_reader_has_it_and_fits_a_laptop(browser: Browser) -> None:
     colour = "getComputedStyle(document.documentElement).{}.match(/[0-9]+/g).map(Number).reduce((a, b) => a + b)"
     for scheme in ("light", "dark"):

@@ -57,10 +57,13 @@ def script(best: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return run
 
 
-def test_the_json_says_what_is_where_in_pixels_of_the_image(script: Any, tmp_path: Path) -> None:
+def test_the_json_says_what_is_where_in_pixels_of_the_image(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     Image.fromarray(drawn_page()).save(tmp_path / "page.png")
     status, pages = script(tmp_path / "page.png")
     assert status == 0
+    assert capsys.readouterr().out == f"1 pages in {tmp_path / 'out'}: predictions.json, pictures\n"
     (page,) = pages
     assert (page["file"], page["page"]) == (str(tmp_path / "page.png"), 1)
     assert (page["width"], page["height"]) == (90, 120)

@@ -7,8 +7,8 @@
          labels     (B, K) int64, indices into `categories`
          boxes      (B, K, 4) xyxy in pixels of `originals`, clipped to the page
 
-One file takes any number of pages and any canvas. All pages of a call should have the canvas that they have when they
-are alone: convolutions read the padding beyond it. The metadata of a file are texts:
+One file takes any number of pages and any canvas. Only pages that need the same canvas should go into one call: on a
+larger canvas convolutions read more padding, and scores change a little. The metadata of a file are texts:
 
     categories     JSON list: `id` and `name` of each class, in the order of the labels
     preprocessing  JSON: how a scan becomes a page of `images` (see `preprocessing`)
@@ -140,7 +140,7 @@ def store_in_half(graph: Any) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps back what exporters say about their own work."""
+    """Silences the exporters' log and warnings."""
     logger = logging.getLogger("onnxscript")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -196,7 +196,7 @@ class OnnxModel:
         self.strides = self.config.model.strides
 
     def __call__(self, images: Tensor, sizes: Tensor, originals: list[tuple[int, int]]) -> list[Detections]:
-        """As `detect` of a `DFine`'s answer: pages of different canvas are asked apart.
+        """What `detect` gives for a `DFine`; pages that need different canvases go through the file separately.
 
         Args:
             images: (B, 3, H, W) uint8. sizes: (B, 2) valid height, width.

@@ -72,7 +72,7 @@ def opened(checkpoint: dict[str, Any]) -> Foreign:
 
 @contextmanager
 def one_line(path: str | Path, foreign: Foreign) -> Iterator[None]:
-    """What is wrong with a checkpoint as one line that names the file, and its tensors as the file does.
+    """Makes any error about a checkpoint one line, which names the file and calls tensors as the file does.
 
     Raises:
         CheckpointError: instead of any other ValueError.

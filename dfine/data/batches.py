@@ -58,7 +58,7 @@ class PageDataset(Dataset):
         return page, target
 
     def __getitems__(self, keys: list[PageKey]) -> list[tuple[np.ndarray, Target]] | PageError:
-        """What a `DataLoader` asks for; see `PageLoader`."""
+        """A batch, or the error of one of its pages, which `PageLoader` raises in the main process."""
         try:
             return [self[key] for key in keys]
         except PageError as error:
@@ -140,7 +140,7 @@ def _loader(source: Source, config: Config, batches: Any, training: bool) -> Dat
 
 
 class PageLoader(DataLoader[Batch]):
-    """Raises what goes wrong in a worker as it is, and only where a batch is asked for."""
+    """A `DataLoader` that raises its workers' errors unchanged, and only when a batch is asked for."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """
@@ -162,7 +162,7 @@ class PageLoader(DataLoader[Batch]):
 
 
 class WorkerError(ValueError):
-    """Pages cannot be loaded, through no fault of theirs."""
+    """Pages cannot be loaded, and it is not the pages' fault."""
 
 
 def leave_signals_to_the_main_process(_: int) -> None:
@@ -187,7 +187,7 @@ def _heed_the_main_process() -> None:
 
 @dataclass(frozen=True)
 class Collate:
-    """A picklable `pad` with its stride; lets a page error through."""
+    """Makes a `Batch` of pages; a class, so that it can be pickled with its stride. A page's error is passed on."""
 
     stride: int
 

@@ -30,8 +30,7 @@ TURNS: dict[Any, Image.Transpose] = {  # by EXIF orientation; 1 is upright
     8: Image.Transpose.ROTATE_90,
 }
 
-
-# Pixels. No annotation means less, and on a page of 65,535 pixels float32 still tells the edges of such a box apart.
+# Pixels: nobody draws a thinner box, and float32 still tells its edges apart on a page of 65,535 pixels.
 THINNEST = 0.01
 
 
@@ -225,7 +224,8 @@ def augment(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Applies an augmentation as the seed decides.
 
-    Boxes are drawn anew around where their edges went: a box around the box around a rotated box would be loose.
+    Points along the edges of a box go through all steps, and the new box is drawn around them. With a new box after
+    each step, boxes would become too large.
 
     Args:
         page: (H, W, 3) uint8. labels: (T,). boxes: (T, 4) xyxy pixels.

@@ -44,14 +44,14 @@ class PagePixels(NamedTuple):
 
 
 def list_pages(paths: Iterable[Path], numbers: str = "") -> Iterator[PageLocation | PageError]:
-    """The pages of files and folders in order, without reading them; what cannot be listed is an error among them.
+    """The pages of files and folders in order, without reading them, and an error for each that cannot be listed.
 
     Args:
         paths: folders stand for all images and PDFs in them and in their sub-folders, sorted; the pictures that
             `dfine.predict` drew are left out.
-        numbers: which pages of PDFs and TIFFs, such as "1-3,7" or "5-"; empty: all. Other images are not concerned.
+        numbers: which pages of PDFs and TIFFs, such as "1-3,7" or "5-"; empty: all. Other images have one page anyway.
     Raises:
-        ValueError: `numbers` is something else.
+        ValueError: `numbers` are not numbers of pages.
     """
     ranges = page_ranges(numbers)
     for path in paths:

@@ -1,4 +1,4 @@
-"""COCO metrics of a model: what it finds on pages, and what pycocotools says to that."""
+"""COCO metrics of a model: what it finds on pages, and how pycocotools rates that."""
 
 import contextlib
 import io
@@ -202,9 +202,10 @@ def coco_metrics(ground_truth: dict[str, Any], detections: list[dict[str, Any]])
 
 
 def shown(result: COCOeval, detections: list[dict[str, Any]]) -> dict[str, float | None]:
-    """What people see of it, with scores from .3 on: `precision` and `recall` at IoU .5, and `duplicates` a page.
+    """How good the detections are that people see, those with a score of .3 or more.
 
-    A duplicate has an IoU above .7 with a better detection of its class; these are counted before `predict` drops them.
+    `precision` and `recall` are at IoU .5. `duplicates` is the number a page of detections that have an IoU above .7
+    with a better one of their class. `predict` would drop these.
     """
     everything = [e for e in result.evalImgs if e is not None and e["aRng"] == result.params.areaRng[0]]
     truths, found, right = 0, 0, 0
@@ -230,7 +231,7 @@ def shown(result: COCOeval, detections: list[dict[str, Any]]) -> dict[str, float
 
 
 def _mean(values: np.ndarray) -> float | None:
-    """The mean of what is known: -1 stands for no truth."""
+    """The mean without the entries of -1, by which pycocotools says that there is no truth; None if all are."""
     known = values[values > -1]
     return float(known.mean()) if known.size else None
 

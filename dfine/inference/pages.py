@@ -111,7 +111,7 @@ class Detector:
             PageError: a page cannot be read, or is no page, and there is no `on_error`; names file and page.
             FloatingPointError: a score or a box is not finite; names the page.
             WorkerError: a worker is gone.
-            ValueError: `numbers` is something else.
+            ValueError: `numbers` are not numbers of pages.
         """
         loader: Iterable[Any] = PageLoader(
             Reader(self.data, dpi),
@@ -160,10 +160,10 @@ def load(checkpoint: str | Path, device: str | torch.device | None = None, fast:
             name on the Hugging Face hub such as "docling-project/docling-layout-egret-medium"; or an ONNX file of
             `python -m dfine.export`, which runs without torch's model.
         device: such as "cuda"; None: a GPU if there is one.
-        fast: half precision, but not on a CPU where that is slower, and compiled on a GPU: for many pages (see
-            `DFine.deploy`). Not of an ONNX file.
+        fast: for many pages: in half precision, unless a CPU is slower with it, and on a GPU compiled (see `deploy`).
+            Not for an ONNX file.
     Raises:
-        CheckpointError: not a checkpoint. ConfigError: its config is of another version, or an ONNX file shall be fast.
+        CheckpointError: not a checkpoint. ConfigError: its config is of another version, or `fast` with an ONNX file.
     """
     if is_onnx(checkpoint):
         if fast:
@@ -176,7 +176,7 @@ def load(checkpoint: str | Path, device: str | torch.device | None = None, fast:
 
 
 class Prepared(NamedTuple):
-    """A page as the model takes it, and what is needed to say where its boxes are."""
+    """A page as the model takes it, and what it takes to give its boxes in pixels and points of the page."""
 
     number: int  # of the page among all, from 0
     pixels: Tensor  # (h, w, 3) uint8, sized as in evaluation
@@ -192,7 +192,7 @@ class Failed(NamedTuple):
 
 
 class Reader(Dataset):
-    """What the worker processes do: they read a page, and send home no more of it than the model needs."""
+    """Reads pages in the worker processes, and sends back no more of a page than the model needs."""
 
     def __init__(self, data: DataConfig, dpi: float) -> None:
         self.data, self.dpi = data, dpi

@@ -20,7 +20,7 @@ COLOURS = (
 )
 # fmt: on
 TINT = 0.14  # the share of its class's colour inside a box
-BOX, INK, LABEL = 1, 8, 64  # what hiding a pixel costs a label: of a box, of ink, of another label
+BOX, INK, LABEL = 1, 8, 64  # the cost of hiding a pixel inside a box, of ink, of another label
 
 
 def draw(
@@ -69,7 +69,7 @@ def draw(
         caption = f"{name}  {score}".strip()
         w, h = math.ceil(font.getlength(caption)) + size // 2, round(1.2 * size)
         if caption and w <= width and h <= height:
-            x, y = best_place(inner[i].tolist(), pen, w, h, costs)
+            x, y = label_corner(inner[i].tolist(), pen, w, h, costs)
             costs[y : y + h, x : x + w] = LABEL
             placed.append((x, y, w, h, caption, colours[i]))
     for x, y, w, h, caption, fill in reversed(placed):  # the best is on top
@@ -87,7 +87,7 @@ def font_size(size: tuple[int, int]) -> int:
 
 
 def page_costs(page: np.ndarray, inner: np.ndarray, outer: np.ndarray, pen: int) -> np.ndarray:
-    """What each pixel costs a label that hides it, (H, W) uint8, before there are other labels."""
+    """The cost of hiding each pixel by a label, (H, W) uint8, before any label is placed."""
     grey = cv2.blur(cv2.cvtColor(page, cv2.COLOR_RGB2GRAY), (2 * pen + 1, 2 * pen + 1))  # so that a speck is no ink
     paper = np.median(grey[::4, ::4])
     costs = ((grey < paper - 40) | (grey > paper + 40)) * np.uint8(INK)
@@ -98,21 +98,21 @@ def page_costs(page: np.ndarray, inner: np.ndarray, outer: np.ndarray, pen: int)
     return costs
 
 
-def best_place(box: list[int], pen: int, w: int, h: int, costs: np.ndarray) -> tuple[int, int]:
+def label_corner(box: list[int], pen: int, w: int, h: int, costs: np.ndarray) -> tuple[int, int]:
     """The upper left corner of a label of w x h pixels: above, below or beside its box, where it costs least."""
     (x1, y1, x2, y2), (height, width) = box, costs.shape
     across = [round(x1 - pen + share * (x2 - x1 + 2 * pen - w)) for share in (0, 1, 0.5, 0.25, 0.75)]
     along = [round(y1 - pen + share * (y2 - y1 + 2 * pen - h)) for share in (0, 1, 0.5)]
-    places = [(x, y) for y in (y1 - h, y2) for x in across] + [(x, y) for x in (x1 - w, x2) for y in along]
-    places = [(min(max(x, 0), width - w), min(max(y, 0), height - h)) for x, y in places]
-    outside = [(x, y) for x, y in places if x + w <= x1 or x >= x2 or y + h <= y1 or y >= y2]
+    corners = [(x, y) for y in (y1 - h, y2) for x in across] + [(x, y) for x in (x1 - w, x2) for y in along]
+    corners = [(min(max(x, 0), width - w), min(max(y, 0), height - h)) for x, y in corners]
+    outside = [(x, y) for x, y in corners if x + w <= x1 or x >= x2 or y + h <= y1 or y >= y2]
 
-    def cost(place: tuple[int, int]) -> float:
-        x, y = place
+    def cost(corner: tuple[int, int]) -> float:
+        x, y = corner
         reach = 2 * h if y >= y2 else h  # a label that is just above another box would be taken for that one's
         return cv2.mean(costs[y : y + reach, x : x + w])[0]
 
-    return min(outside or places, key=cost)  # the first of equals
+    return min(outside or corners, key=cost)  # the first of equals
 
 
 def shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
@@ -145,11 +145,11 @@ def legend_of(labels: Iterable[int], names: Sequence[str], width: int, size: int
     return np.asarray(strip)
 
 
-def headed(picture: np.ndarray, text: str) -> np.ndarray:
-    """A picture below a line of text: (H, W, 3) -> (H + h, W, 3) uint8."""
-    size = font_size(picture.shape[:2])
+def headed(picture: np.ndarray, heading: str) -> np.ndarray:
+    """A picture (H, W, 3) uint8 with a heading above it, in rows of its own."""
+    size = 2 * font_size(picture.shape[:2])
     strip = Image.new("RGB", (picture.shape[1], 2 * size), "white")
-    ImageDraw.Draw(strip).text((size, size), text, "black", ImageFont.load_default(size), anchor="lm")
+    ImageDraw.Draw(strip).text((size, size), heading, "black", ImageFont.load_default(size), anchor="lm")
     return np.concatenate([np.asarray(strip), picture])
 
 

@@ -1,4 +1,4 @@
-"""What is found, as files: a JSON list that is whole after every page, and COCO results. And the truth of a page."""
+"""Results as files: a JSON list that is whole after every page, and COCO results; and the truth of a page from one."""
 
 import errno
 import json
@@ -18,28 +18,28 @@ from dfine.inference.pages import PageResult
 from dfine.structures import Target
 
 
-def page_entry(found: PageResult, picture: str | None, categories: list[dict[str, Any]]) -> dict[str, Any]:
+def page_entry(result: PageResult, picture: str | None, categories: list[dict[str, Any]]) -> dict[str, Any]:
     """A page as predictions.json holds it: pixels and points to three decimals, scores to six."""
     detections = []
-    for i, (label, index) in enumerate(zip(found.labels, found.classes.tolist(), strict=True)):
+    for i, (label, index) in enumerate(zip(result.labels, result.classes.tolist(), strict=True)):
         detection = {
             "label": label,
             "category_id": categories[index]["id"],
-            "score": round(float(found.scores[i]), 6),
-            "box": [round(x, 3) for x in found.boxes[i].tolist()],
+            "score": round(float(result.scores[i]), 6),
+            "box": [round(x, 3) for x in result.boxes[i].tolist()],
         }
-        if found.points is not None:
-            detection["points"] = [round(x, 3) for x in found.points[i].tolist()]
+        if result.points is not None:
+            detection["points"] = [round(x, 3) for x in result.points[i].tolist()]
         detections.append(detection)
-    height, width = found.size
-    entry = {"file": str(found.file), "page": found.page, "width": width, "height": height, "picture": picture}
+    height, width = result.size
+    entry = {"file": str(result.file), "page": result.page, "width": width, "height": height, "picture": picture}
     return entry | {"detections": detections}
 
 
 class JsonList:
     """A file that holds a JSON list, a line for each item, and is whole after each `append`.
 
-    So whatever ends a program, what it had appended can be read.
+    However a program ends, what it has appended can be read.
 
     Args:
         items: what the list begins with; the file's former content is gone.
@@ -77,7 +77,7 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
     """The entries of a predictions.json; none if there is no such file.
 
     Raises:
-        PageError: it holds something else.
+        PageError: the file is no list of entries.
     """
     try:
         entries = json.loads(path.read_bytes())

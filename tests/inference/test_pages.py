@@ -14,10 +14,12 @@ from torchvision.ops import box_iou
 import dfine
 from dfine.checkpoints import ours
 from dfine.config import Config, DataConfig
+from dfine.data.sources import SyntheticPages
 from dfine.data.transforms import PageError, fit, pad, resize
 from dfine.inference import DEDUPE
 from dfine.inference.documents import list_pages
-from dfine.inference.pages import Detector
+from dfine.inference.pages import Detector, beside_truth
+from dfine.inference.pictures import draw
 from dfine.model.detector import DFine, detect
 
 CATEGORIES = [{"id": 1, "name": "text"}, {"id": 3, "name": "table"}, {"id": 7, "name": "figure"}]
@@ -237,3 +239,17 @@ def test_fast_means_half_precision_on_a_cpu_that_multiplies_it(best: Path, monke
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     kinds = {fast: next(dfine.load(best, "cpu", fast=fast).model.encoder.parameters()).dtype for fast in (False, True)}
     assert kinds == {False: torch.float32, True: torch.bfloat16}
+
+
+def test_an_evaluations_picture_is_what_a_detector_gives_beside_the_truth(best: Path) -> None:
+    detector, pages = dfine.load(best, "cpu"), SyntheticPages(1, seed=0)
+    detector.categories = pages.categories
+    page, labels, boxes = pages.read(0)
+    names = [category["name"] for category in pages.categories]
+    result = detector(page)
+    halves = draw(page, result.classes, result.boxes, names, result.scores), draw(page, labels, boxes, names)
+    drawn = beside_truth(detector.model, pages, 0, detector.data)
+    height, width = page.shape[:2]
+    for x, half in zip((8, 8 + width + 8), halves, strict=True):
+        assert (drawn[-8 - height : -8, x : x + width] == half).all()
+        assert (drawn[8 : -8 - height, x : x + width] == 0).any()  # a heading
