@@ -268,7 +268,7 @@ def test_negatives_and_padded_slots_must_answer_nothing():
     assert raised == {(0, 0), (0, 1), (1, 0)}
 
 
-@pytest.mark.parametrize(("queries", "negatives_count"), [(2, False), (6, True)])
+@pytest.mark.parametrize(("queries", "negatives_count"), [(2, False), (20, True)])
 def test_ddf_of_denoising_queries_is_combined_by_the_counts_of_the_matching_queries(
     queries: int, negatives_count: bool
 ):
