@@ -58,7 +58,7 @@ class Muon(optim.AdamW):
     """AdamW, but groups marked `muon` step along their orthogonalised momentum: https://kellerjordan.github.io/posts/muon.
 
     timm's Muon takes the same step for one matrix after another, always in bf16. Here all of one shape are
-    orthogonalised at once, which halves the time, and in fp32 on CPUs on which bf16 is slow: there timm's takes fourteen
+    orthogonalised at once, which halves the time, and in fp32 on CPUs on which bf16 is slow: there timm's takes 14
     times as long, as much as the rest of a step of the quickstart.
     """
 
