@@ -8,6 +8,7 @@ for result in detector(["page.png", "report.pdf"]):  # images, PDFs, folders of 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
 __all__ = ["DFine", "Detector", "PageResult", "load"]
 
 if TYPE_CHECKING:

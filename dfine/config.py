@@ -236,7 +236,7 @@ class TrainConfig(Section):
     # The backbone's learning rate, as a share of the rest's. 1 is the first design's, as are weight_decay and clip. Who
     # fine-tunes strong weights takes less: D-FINE .5 (N, S), .1 (M), .05 (L), .01 (X) of 2e-4 to 8e-4, DEIMv2 with
     # DINOv3 .025 of 5e-4, LT-DETR with DINOv3 ConvNeXt .05 of 5e-4; all with weight decay near 1e-4 and clip 0.1. From
-    # the quickstart to real pages 1 was the best of 1, .1 and .05 (tools/MEASURED.md).
+    # the quickstart to real pages 1 was the best of 1, .1 and .05 (tests/benchmarks/MEASURED.md).
     backbone_factor: NonNegative = 1.0
     # Learning rate (and so weight decay) of weight matrices under Muon (https://kellerjordan.github.io/posts/muon), as
     # a multiple of learning_rate, which all else keeps under AdamW; it saves steps from random weights. 0: AdamW alone.

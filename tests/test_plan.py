@@ -15,7 +15,6 @@ MAY_IMPORT = {
     "checkpoints": {"model", "data"},
     "inference": {"model", "data", "checkpoints"},
     "training": {"model", "losses", "data", "checkpoints", "inference"},
-    "tools": {"model", "losses", "data", "checkpoints", "inference", "training"},
 }
 DOORS = {"__init__", "contact_sheet", "explain", "export", "predict", "synthetic"}
 

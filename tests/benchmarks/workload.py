@@ -1,20 +1,19 @@
-"""What the benchmark runs: pages of noise with random boxes, a model with random weights, and a step as in train.py."""
+"""What the benchmarks run: pages of noise with random boxes, a model with random weights, and a step as in train.py."""
 
-import contextlib
-from collections.abc import Iterator
+import argparse
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from stopwatch import Stopwatch
+from torch import nn
 
 from dfine import config as configs
 from dfine.config import Config
-from dfine.losses.criterion import criterion
+from dfine.losses.criterion import criterion, total
 from dfine.losses.distillation import active, distillation, student_forward, teacher_forward
 from dfine.model.denoising import freshly_noised
 from dfine.model.detector import DFine
 from dfine.structures import Batch, DFineOutput, Target
-from dfine.tools.stopwatch import Stopwatch
 from dfine.training.engine import autocast
 
 CLASSES = 11
@@ -61,59 +60,14 @@ def answers(model: DFine, batch: Batch, settings: Config) -> DFineOutput:
         return model(batch.images, batch.sizes, noised)
 
 
-def total_loss(model: DFine, output: DFineOutput, batch: Batch, settings: Config) -> Tensor:
-    """The sum of all losses of train.py."""
-    losses = criterion(output, batch.targets, model.decoder.w, settings.loss)
-    return torch.stack([term.sum() for term in losses.values()]).sum()
-
-
-def distilled_loss(
-    model: DFine, teacher: DFine, projection: nn.Module, batch: Batch, settings: Config, watch: Stopwatch
-) -> Tensor:
-    """The sum of all losses of distill.py, forward passes included."""
-    noised = freshly_noised(batch.targets, model.classes, settings.model.denoising)
-    weights = active(settings.distill, settings.distill.go_lsd.start_epoch)
-    with autocast(model.mean.device, settings.train):
-        taught = teacher_forward(teacher, batch, noised, weights)
-        watch.mark("of which the teacher's forward pass")
-        output = student_forward(model, projection, batch, noised, taught, weights)
-    assert taught is not None, "no term has a weight"
-    w = (model.decoder.w, teacher.decoder.w)
-    losses = distillation(output, taught, *w, batch.targets, weights, settings.distill, settings.loss.matcher)
-    own = settings.distill.beta * total_loss(model, output, batch, settings)
-    return torch.stack([own, *(term.sum() for term in losses.values())]).sum()
-
-
-def finish(model: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> None:
-    """Clips, steps and forgets the gradients."""
-    nn.utils.clip_grad_norm_(model.parameters(), clip)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-@contextlib.contextmanager
-def watched(model: DFine, watch: Stopwatch) -> Iterator[None]:
-    """While this lasts, the end of backbone, encoder and decoder are marked."""
-    parts = {"backbone": model.backbone, "encoder": model.encoder, "selection and decoder": model.decoder}
-    hooks = [
-        module.register_forward_hook(lambda *_, name=name: watch.mark(f"{name}, forward"))
-        for name, module in parts.items()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def step(model: DFine, optimizer: torch.optim.Optimizer, batch: Batch, settings: Config, watch: Stopwatch) -> None:
     """A training step as in train.py, but for the average of the weights; its parts are marked."""
-    with watched(model, watch):
-        output = answers(model, batch, settings)
-    loss = total_loss(model, output, batch, settings)
+    output = answers(model, batch, settings)
+    watch.mark("forward pass")
+    loss = total(criterion(output, batch.targets, model.decoder.w, settings.loss))
     watch.mark("matching and losses")
     loss.backward()
-    watch.mark("backward")
+    watch.mark("backward pass")
     finish(model, optimizer, settings.train.clip)
     watch.mark("clipping and optimizer")
 
@@ -125,9 +79,32 @@ def distilled_step(
     optimizer: torch.optim.Optimizer,
     batch: Batch,
     settings: Config,
-    watch: Stopwatch,
 ) -> None:
-    """A training step as in distill.py; the teacher's forward pass and the rest are marked."""
-    distilled_loss(model, teacher, projection, batch, settings, watch).backward()
+    """A training step as in distill.py, but for the average of the weights."""
+    noised = freshly_noised(batch.targets, model.classes, settings.model.denoising)
+    weights = active(settings.distill, settings.distill.go_lsd.start_epoch)
+    with autocast(model.mean.device, settings.train):
+        taught = teacher_forward(teacher, batch, noised, weights)
+        output = student_forward(model, projection, batch, noised, taught, weights)
+    assert taught is not None, "no term has a weight"
+    losses = criterion(output, batch.targets, model.decoder.w, settings.loss)
+    losses = {name: settings.distill.beta * term for name, term in losses.items()}
+    w = (model.decoder.w, teacher.decoder.w)
+    losses |= distillation(output, taught, *w, batch.targets, weights, settings.distill, settings.loss.matcher)
+    total(losses).backward()
     finish(model, optimizer, settings.train.clip)
-    watch.mark("rest")
+
+
+def finish(model: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> None:
+    """Clips, steps and forgets the gradients."""
+    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def size(text: str) -> tuple[int, int]:
+    """`640x480` -> (640, 480)."""
+    sides = text.split("x")
+    if len(sides) != 2 or not all(side.isdigit() and int(side) and int(side) % 32 == 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HxW in multiples of 32, such as 640x480")
+    return int(sides[0]), int(sides[1])

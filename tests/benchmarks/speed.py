@@ -1,6 +1,6 @@
-"""How long each way of running a model takes: `python -m dfine.tools.speed [--models NAME ...] [--threads 1 2]`.
+"""How long each way of running a model takes: `python tests/benchmarks/speed.py [--models NAME ...] [--threads 1 2]`.
 
-Prints a Markdown table: parameters and GFLOPs (counted; a product and its sum are 2), latency of one page, and
+Prints a Markdown table: GFLOPs (counted; a product and its sum are 2), latency of one page, and
 throughput in batches of eight, for the model as it was trained (eager), `deploy()`, `deploy(fast=True)`, its ONNX file
 in onnxruntime, and the D-FINE of transformers (eager). They run in turns in one process. Ours are timed from uint8
 pixels to detections, transformers without its pre- and postprocessing. Weights are random. It needs the extras `export`
@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from roofline import forward
+from stopwatch import in_turns, spread
+from workload import CLASSES, Case, built, made_up
 
 from dfine import config as configs
 from dfine.checkpoints import onnx_format, transformers_format
@@ -25,9 +28,6 @@ from dfine.checkpoints.onnx_format import OnnxModel
 from dfine.config import Config
 from dfine.inference.evaluation import answer
 from dfine.structures import Batch
-from dfine.tools.benchmark import size_of_model
-from dfine.tools.stopwatch import Stopwatch, measure, spread
-from dfine.tools.workload import CLASSES, Case, built, made_up
 
 SHIPPED = Path(__file__).parents[2] / "configs"
 NANO = [  # D-FINE-N as published
@@ -68,7 +68,7 @@ def settings_of(entry: Entry) -> Config:
 
 def ways(settings: Config, folder: Path) -> dict[str, Run]:
     """Each way of running the model as a function of a batch; exports the model into the folder."""
-    from dfine.tools.peer import DFineForObjectDetection, peer_of  # only here: it needs the extra
+    from peer import DFineForObjectDetection, peer_of  # only here: it needs the extra
 
     queries = settings.model.decoder.queries
     eager, deployed = (built(settings, queries, CPU).eval() for _ in range(2))
@@ -97,32 +97,28 @@ def ours(model: Any, batch: Batch) -> Any:
 def milliseconds(runs: dict[str, Run], case: Case, repeats: int) -> dict[str, float]:
     """Medians of a batch."""
     batch = made_up(case, CPU)
-
-    def turn(watch: Stopwatch) -> None:
-        for name, run in runs.items():
-            run(batch)
-            watch.mark(name)
-
-    times = measure(turn, CPU, repeats)
+    times = in_turns({name: partial(run, batch) for name, run in runs.items()}, CPU, repeats)
     return {name: spread(times[name])[0] for name in runs}
 
 
 def rows(name: str, threads: list[int], repeats: int) -> list[str]:
     """The lines of one model, for each number of threads."""
     settings, (height, width) = settings_of(MODELS[name]), MODELS[name].size
-    size, queries = size_of_model(settings, height, width), settings.model.decoder.queries
+    case = Case(1, height, width, 10, settings.model.decoder.queries)
+    gflops = forward(settings, case, training=False).flops / 1e9
     lines = []
     with tempfile.TemporaryDirectory() as folder:
         for number in threads:
             torch.set_num_threads(number)
             runs = ways(settings, Path(folder))
-            one = milliseconds(runs, Case(1, height, width, 10, queries), repeats)
-            eight = milliseconds(runs, Case(8, height, width, 10, queries), max(3, repeats // 4))
+            one, eight = (
+                milliseconds(runs, case, repeats),
+                milliseconds(runs, case._replace(batch=8), max(3, repeats // 4)),
+            )
             for way in runs:
                 lines.append(
-                    f"| {name}, {height}x{width} | {size['parameters_M']:.1f} | {size['gflops']:.0f} | {number} "
-                    f"| {way} | {one[way]:.0f} | {one[way] / one[PEER]:.2f} | "
-                    f"{8000 / eight[way]:.2f} | {eight[way] / eight[PEER]:.2f} |"
+                    f"| {name}, {height}x{width} | {gflops:.0f} | {number} | {way} | {one[way]:.0f} "
+                    f"| {one[way] / one[PEER]:.2f} | {8000 / eight[way]:.2f} | {eight[way] / eight[PEER]:.2f} |"
                 )
     return lines
 
@@ -133,10 +129,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="default: 1 2")
     parser.add_argument("--repeats", type=int, default=12, help="of one page; of eight a quarter (default: 12)")
     arguments = parser.parse_args()
-    print(
-        "| model, page | parameters, M | GFLOPs | threads | way | ms a page | of peer | pages/s by eights | of peer |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| model, page | GFLOPs | threads | way | ms a page | of peer | pages/s by eights | of peer |")
+    print("|---|---|---|---|---|---|---|---|")
     for name in arguments.models:
         print("\n".join(rows(name, arguments.threads, arguments.repeats)), flush=True)
 

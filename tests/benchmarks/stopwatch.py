@@ -50,25 +50,20 @@ def measure(run: Callable[[Stopwatch], None], device: torch.device, repeats: int
     return times
 
 
+def in_turns(runs: dict[str, Callable[[], Any]], device: torch.device, repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of several that are run one after the other, one of each a repeat."""
+
+    def turn(watch: Stopwatch) -> None:
+        for name, run in runs.items():
+            run()
+            watch.mark(name)
+
+    times = measure(turn, device, repeats)
+    return {name: times[name] for name in runs}
+
+
 def spread(times: list[float]) -> tuple[float, float, float]:
     """Median, lowest and highest tenth."""
     ordered = sorted(times)
     tenth = len(ordered) // 10
     return statistics.median(ordered), ordered[tenth], ordered[-1 - tenth]
-
-
-def race(
-    what: str, ours: Callable[[], Any], theirs: Callable[[], Any], device: torch.device, repeats: int
-) -> dict[str, Any]:
-    """Two in turns: medians in ms, the ratio of the medians, and the lowest and highest tenth of the turns' ratios."""
-
-    def turn(watch: Stopwatch) -> None:
-        ours()
-        watch.mark("ours")
-        theirs()
-        watch.mark("theirs")
-
-    times = measure(turn, device, repeats)
-    (a, *_), (b, *_) = spread(times["ours"]), spread(times["theirs"])
-    _, low, high = spread([x / y for x, y in zip(times["ours"], times["theirs"], strict=True)])
-    return {"what": what, "ours": a, "theirs": b, "ratio": a / b, "low": low, "high": high}

@@ -1,1 +1,0 @@
-"""Measurements, for whoever changes the code: python -m dfine.tools.NAME."""
