@@ -50,24 +50,24 @@ WRITERS: dict[str, Callable[[Rng, Style, int, int], Group | None]] = {
 KINDS: dict[str, tuple[float, tuple[int, ...], str, float, float, float, float, float, float, str, tuple[float, ...]]] = {
     # share, columns, size; chances of serif, colour, title, header, footer, notes; pictures;
     #                              weights of text heading list figure table formula refs toc code quote aside fields
-    "paper": (0.10, (1, 2, 2, 2), "page", 0.7, 0.25, 1.0, 0.75, 0.6, 0.3, "paper", (9, 2, 0.4, 0.7, 0.3, 0.3, 0, 0, 0, 0, 0, 0)),
-    "article": (0.22, (1, 2, 2, 2, 2), "page", 0.75, 0.15, 0, 0.85, 0.5, 0.12, "paper", (9, 1.5, 0.4, 1.1, 0.8, 0.5, 0, 0, 0, 0.1, 0, 0)),
-    "maths": (0.05, (1, 1, 2), "page", 0.95, 0.05, 0.1, 0.6, 0.6, 0.2, "paper", (8, 1.2, 0.5, 0.7, 0.3, 5, 0, 0, 0.1, 0.2, 0, 0)),
-    "references": (0.05, (1, 2, 2, 2), "page", 0.7, 0.15, 0, 0.8, 0.6, 0.03, "paper", (2, 1, 0.1, 0.3, 0.3, 0, 6, 0, 0, 0, 0, 0)),
-    "report": (0.17, (1, 1, 1, 2), "page", 0.3, 0.6, 0.15, 0.6, 0.8, 0.25, "report", (7, 2.5, 2, 1.1, 1.1, 0, 0, 0.05, 0, 0.2, 0.4, 0.1)),
-    "accounts": (0.10, (1, 1, 2), "page", 0.4, 0.5, 0.1, 0.7, 0.8, 0.3, "report", (4.5, 2.2, 0.4, 0.3, 4, 0, 0, 0.05, 0, 0, 0.1, 0.1)),
-    "manual": (0.08, (1, 1, 2), "page", 0.2, 0.6, 0.1, 0.6, 0.8, 0.1, "manual", (4.5, 3, 3.5, 1.8, 0.9, 0, 0, 0.1, 1.2, 0, 0.6, 0.2)),
-    "law": (0.06, (1, 1, 1, 2), "page", 0.6, 0.1, 0.1, 0.7, 0.7, 0.25, "manual", (6, 2, 5, 0, 0.3, 0, 0, 0, 0, 0.3, 0, 0)),
-    "book": (0.04, (1,), "book", 0.9, 0.1, 0.2, 0.7, 0.6, 0.2, "report", (10, 0.8, 0.4, 0.4, 0.1, 0, 0, 0.1, 0, 0.5, 0, 0)),
-    "magazine": (0.07, (2, 3, 3, 4), "page", 0.55, 0.8, 0.5, 0.5, 0.7, 0.03, "colourful", (9, 2, 0.4, 1.8, 0.2, 0, 0, 0, 0, 0.8, 0.7, 0)),
-    "brochure": (0.06, (1, 2, 2, 3), "odd", 0.25, 0.95, 0.6, 0.3, 0.5, 0.02, "colourful", (5, 3, 2.5, 2.5, 0.4, 0, 0, 0, 0, 0.5, 1.2, 0.4)),
+    "paper": (0.10, (1, 2, 2, 2), "page", 0.7, 0.25, 1.0, 0.75, 0.6, 0.3, "paper", (9, 3.4, 0.4, 0.7, 0.3, 0.5, 0, 0, 0, 0, 0, 0)),
+    "article": (0.22, (1, 2, 2, 2, 2), "page", 0.75, 0.15, 0, 0.85, 0.5, 0.12, "paper", (9, 2.8, 0.4, 1.1, 0.8, 0.8, 0, 0, 0, 0.1, 0, 0)),
+    "maths": (0.05, (1, 1, 2), "page", 0.95, 0.05, 0.1, 0.6, 0.6, 0.2, "paper", (8, 2.2, 0.5, 0.7, 0.3, 7, 0, 0, 0.1, 0.2, 0, 0)),
+    "references": (0.05, (1, 2, 2, 2), "page", 0.7, 0.15, 0, 0.8, 0.6, 0.03, "paper", (2, 1.5, 0.1, 0.3, 0.3, 0, 6, 0, 0, 0, 0, 0)),
+    "report": (0.17, (1, 1, 1, 2), "page", 0.3, 0.6, 0.15, 0.6, 0.8, 0.25, "report", (7, 4.5, 1.3, 1.1, 1.1, 0, 0, 0.05, 0, 0.2, 0.4, 0.1)),
+    "accounts": (0.10, (1, 1, 2), "page", 0.4, 0.5, 0.1, 0.7, 0.8, 0.3, "report", (4.5, 4, 0.4, 0.3, 4, 0, 0, 0.05, 0, 0, 0.1, 0.1)),
+    "manual": (0.08, (1, 1, 2), "page", 0.2, 0.6, 0.1, 0.6, 0.8, 0.1, "manual", (4.5, 5, 2.2, 1.8, 0.9, 0, 0, 0.1, 1.2, 0, 0.6, 0.2)),
+    "law": (0.06, (1, 1, 1, 2), "page", 0.6, 0.1, 0.1, 0.7, 0.7, 0.25, "manual", (6, 3.5, 3.5, 0, 0.3, 0, 0, 0, 0, 0.3, 0, 0)),
+    "book": (0.04, (1,), "book", 0.9, 0.1, 0.2, 0.7, 0.6, 0.2, "report", (10, 1.4, 0.4, 0.4, 0.1, 0, 0, 0.1, 0, 0.5, 0, 0)),
+    "magazine": (0.07, (2, 3, 3, 4), "page", 0.55, 0.8, 0.5, 0.5, 0.7, 0.03, "colourful", (9, 3, 0.4, 1.8, 0.2, 0, 0, 0, 0, 0.8, 0.7, 0)),
+    "brochure": (0.06, (1, 2, 2, 3), "odd", 0.25, 0.95, 0.6, 0.3, 0.5, 0.02, "colourful", (5, 4.5, 2.5, 2.5, 0.4, 0, 0, 0, 0, 0.5, 1.2, 0.4)),
     "letter": (0.03, (1,), "page", 0.5, 0.3, 0.1, 0.1, 0.4, 0.02, "report", (7, 0.3, 0.6, 0, 0.15, 0, 0, 0, 0, 0, 0, 1)),
-    "form": (0.04, (1, 1, 2), "page", 0.25, 0.5, 0.7, 0.3, 0.6, 0.1, "report", (2, 2, 1, 0, 3, 0, 0, 0, 0, 0, 0.2, 3)),
+    "form": (0.04, (1, 1, 2), "page", 0.25, 0.5, 0.7, 0.3, 0.6, 0.1, "report", (2, 3.5, 1, 0, 3, 0, 0, 0, 0, 0, 0.2, 3)),
     "contents": (0.02, (1, 1, 2), "page", 0.4, 0.4, 0.5, 0.5, 0.7, 0.02, "report", (0.6, 0.8, 0, 0, 0, 0, 0, 6, 0, 0, 0, 0)),
-    "slide": (0.06, (1, 1, 2), "slide", 0.1, 0.9, 0, 0.15, 0.6, 0.02, "colourful", (2, 0.3, 6, 3, 0.7, 0.2, 0, 0, 0.2, 0.2, 0.4, 0)),
+    "slide": (0.06, (1, 1, 2), "slide", 0.1, 0.9, 0, 0.15, 0.6, 0.02, "colourful", (2, 0.3, 4, 3, 0.7, 0.2, 0, 0, 0.2, 0.2, 0.4, 0)),
     "cover": (0.03, (1,), "odd", 0.35, 0.9, 1.0, 0.1, 0.4, 0.0, "colourful", (1, 0.5, 0.2, 0.5, 0, 0, 0, 0, 0, 0, 0, 0.5)),
-    "poster": (0.03, (2, 3, 4), "odd", 0.2, 0.9, 1.0, 0.1, 0.2, 0.0, "report", (4, 3, 3, 3, 0.7, 0.3, 0.3, 0, 0, 0, 1, 0)),
-    "patent": (0.02, (2,), "page", 0.95, 0.0, 0, 1.0, 0.1, 0.0, "manual", (9, 1, 0.6, 0.8, 0.2, 0.3, 0, 0, 0, 0, 0, 0.3)),
+    "poster": (0.03, (2, 3, 4), "odd", 0.2, 0.9, 1.0, 0.1, 0.2, 0.0, "report", (4, 4.5, 1.8, 3, 0.7, 0.3, 0.3, 0, 0, 0, 1, 0)),
+    "patent": (0.02, (2,), "page", 0.95, 0.0, 0, 1.0, 0.1, 0.0, "manual", (9, 1.8, 0.6, 0.8, 0.2, 0.3, 0, 0, 0, 0, 0, 0.3)),
 }
 # fmt: on
 
@@ -134,7 +134,7 @@ def draw_style(rng: Rng, kind: str, scale: float) -> Style:
         "caption": pick(rng, ("bold", "bold", "plain", "colour" if colourful > 0.3 else "plain")),
         "name": pick(rng, ("plain", "plain", "upper", "short")),
         "table": pick(rng, writers.TABLES),
-        "lead": pick(rng, ("none", "none", "none", "bold")) if kind != "law" else pick(rng, ("none", "dateline")),
+        "lead": pick(rng, ("none", "none", "none", "bold")) if kind != "law" else pick(rng, ("none", "clauses")),
         "pictures": pictures,
     }
     return Style(
@@ -162,7 +162,7 @@ def fill(page: Page, rng: Rng, s: Style, weights: npt.NDArray[np.float64], x: in
     while failures < 4 and y < bottom:
         chances = weights.copy()
         if last != "text":
-            chances[names.index(last)] = 0
+            chances[names.index(last)] *= 0.1 if last == "heading" else 0
         name = first or str(rng.choice(names, p=writers.runs(chances)))
         first = ""
         group = WRITERS[name](rng, s if not top or name != "text" else s._replace(indent=s.indent * int(rng.random() < 0.4)), width, bottom - y - (0 if top else s.gap))

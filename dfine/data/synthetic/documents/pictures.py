@@ -53,18 +53,23 @@ def photo(rng: Rng, wide: int, high: int) -> Picture:
         light += np.linspace(0.5, -0.4, high, dtype=np.float32)[:, None, None]
     tint = noise(rng, wide, high, 2, 3) * rng.uniform(20, 120)
     image = np.clip(low + (top - low) * light + tint - 40, 0, 255).astype(np.uint8)
-    for _ in range(int(rng.integers(0, 9))):
-        x, y, a, b = (rng.uniform(-0.1, 1, 4) * (wide, high, 0.5 * wide, 0.5 * high)).astype(int).tolist()
+    texture = np.clip(tint + 160 * (noise(rng, wide, high, 60) - 0.3), 0, 255).astype(np.uint8)
+    for _ in range(int(pick(rng, (0, 4, 10, 25)))):
+        scale = float(rng.uniform(0.05, 0.6))
+        x, y, a, b = (rng.uniform(-0.1, 1, 4) * (wide, high, scale * wide, scale * high)).astype(int).tolist()
         colour, look = tuple(int(c) for c in rng.integers(0, 256, 3)), rng.random()
         if look < 0.4:
             cv2.ellipse(image, (x, y), (abs(a) + 2, abs(b) + 2), float(rng.uniform(0, 180)), 0, 360, colour, -1, cv2.LINE_AA)
         elif look < 0.7:
             points = np.array([x, y]) + rng.integers(-max(4, abs(a)), max(5, abs(a)), (5, 2))
             cv2.fillPoly(image, [points.astype(np.int32)], colour, cv2.LINE_AA)
-        else:
+        elif look < 0.85:
             cv2.rectangle(image, (x, y), (x + abs(a), y + abs(b)), colour, -1)
-    if rng.random() < 0.7:
-        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.6, 4))
+        else:
+            cut = (slice(max(0, y), max(0, y) + abs(b) + 1), slice(max(0, x), max(0, x) + abs(a) + 1))
+            image[cut] = texture[cut]
+    if rng.random() < 0.6:
+        image = cv2.GaussianBlur(image, (0, 0), float(pick(rng, (0.6, 1.0, 2.0, 4.0))))
     grain = rng.normal(0, rng.uniform(1, 9), (high, wide, 1)).astype(np.float32)
     shade = image + grain + 25 * (noise(rng, wide, high, 40) - 0.5)
     image = np.clip(shade, 0, 255).astype(np.uint8)
@@ -300,7 +305,7 @@ def logo(rng: Rng, wide: int, high: int, paper: Colour, voice: Voice, family: st
         draw.line((0, side / 2, side, side / 2), other, 3)
     if wide > 1.4 * side:
         size = min(0.55 * side, (wide - side) / 4.5)
-        draw.text((1.1 * side, side / 2), phrase(rng, voice, 1, 1, pick(rng, ("upper", "first")))[:8], pick(rng, (colour, (0, 0, 0))), face(Font(family, size, bold=True)), anchor="lm")
+        draw.text((1.1 * side, side / 2), phrase(rng, voice, 1, 1, pick(rng, ("upper", "first")))[:8], pick(rng, (colour, (0, 0, 0) if sum(paper) > 380 else (255, 255, 255))), face(Font(family, size, bold=True)), anchor="lm")
     return np.array(image)
 
 

@@ -74,7 +74,7 @@ SCRIPTS = {  # letters only, so that shapes are right but words are not
     "Arabic": ("Noto Sans Arabic", "ابتثجحخدذرزسشصضطظعغفقكلمنهوي", "اوي"),
 }
 # fmt: on
-PLAIN = str.maketrans("–—’‘“”•§×−·…éèàâêôûçäöüß°", '--\'\'""*S.-..eeaaeoucaous.')  # for faces of few letters
+PLAIN = str.maketrans("–—’‘“”•§×−·…éèàâêôûçäöüß°±≤", '--\'\'""*S.-..eeaaeoucaous.+=')  # for faces of few letters
 
 
 class Font(NamedTuple):
@@ -175,6 +175,7 @@ def word(text: str, font: Font, rise: float = 0.0, line: float = 0.0) -> Ink:
     Its height is that of a line of size `line` (0: its own), 1.6 times the size, with the baseline at 1.15; `rise`
     lifts it by so many pixels. Characters are drawn once and then copied, for FreeType takes longer than all the rest.
     """
+    font = font._replace(size=round(2 * font.size) / 2)  # few sizes, many copies
     line = line or font.size
     glyphs = [_glyph(character, font) for character in (text.translate(PLAIN) if _is_poor(font) else text)]
     base, high = round(1.15 * line - rise), round(1.6 * line)
@@ -270,7 +271,7 @@ def set_text(
     `first` and `rest` are the indents of the first and of the other lines.
     """
     high = inks[0].shape[0]
-    space = max(2, round(0.17 * high))
+    space = max(3, round(0.2 * high))
     width = width or first + sum(ink.shape[1] + space for ink in inks)
     lines: list[list[Ink]] = [[]]
     room = width - first

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dfine.data.synthetic.documents.pictures import Colour, Picture, picture, vivid
-from dfine.data.synthetic.documents.text import Font, Voice, number, phrase, prose, set_text, word
+from dfine.data.synthetic.documents.text import Font, Voice, families, number, phrase, prose, set_text, word
 from dfine.data.synthetic.ink import FAINT, Ink, Rng, paste, pick, visible
 
 
@@ -108,15 +108,17 @@ def paragraph(rng: Rng, s: Style, width: int, room: int) -> Group | None:
     most = int(room // s.pitch)
     if most < 1:
         return None
-    length = float(pick(rng, (rng.uniform(0.3, 2), rng.uniform(2, 7), rng.uniform(3, 9), rng.uniform(6, 16), rng.uniform(10, 34))))
+    lengths = ((0.3, 2), (2, 7), (3, 9), (6, 16), (10, 34), (5, 12))
+    length = float(rng.uniform(*pick(rng, lengths[1:] if s.look["pictures"] == "paper" and rng.random() < 0.7 else lengths)))
     inks = prose(rng, s.voice, words_for(s.font, width, length), s.font)
     if s.look["lead"] == "bold" and rng.random() < 0.3 or rng.random() < 0.03:
         cut = s.font._replace(bold=rng.random() < 0.6, italic=rng.random() < 0.5)
         inks = [word(w, cut) for w in (phrase(rng, s.voice, 1, 4) + pick(rng, (".", ":", " –"))).split()] + inks
-    if s.look["lead"] == "dateline":
-        inks = [word(f"({rng.integers(1, 12)})" if rng.random() < 0.7 else pick(rng, s.voice.rare).upper(), s.font), *inks]
+    label = "Text"
+    if s.look["lead"] == "clauses" and rng.random() < 0.6:
+        label, inks = "List-item", [word(f"({rng.integers(1, 12)})", s.font), *inks]
     ink = set_text(inks, width, round(s.pitch), s.align, s.indent, most=most)
-    return Group([text_patch("Text", ink, s.ink)], ink.shape[0], s.gap)
+    return Group([text_patch(label, ink, s.ink if rng.random() < 0.97 else s.accent)], ink.shape[0], s.gap)
 
 
 def heading(rng: Rng, s: Style, width: int, room: int, level: int | None = None) -> Group | None:
@@ -192,11 +194,11 @@ def items(rng: Rng, s: Style, width: int, room: int, nest: bool = True) -> Group
     left = round(s.font.size * float(pick(rng, (0, 0, 1, 2, 3))))
     hang = round(s.font.size * float(pick(rng, (1.2, 1.6, 2.0, 2.5)) if "{" not in kind else pick(rng, (1.8, 2.2, 3.0))))
     gap = int(pick(rng, (0, 0, round(0.3 * s.pitch), s.gap, s.gap)))
-    length, short, colour = float(pick(rng, (0.5, 0.9, 1.6, 3.0))), rng.random() < 0.4, pick(rng, (s.ink, s.ink, s.accent))
+    length, short, colour = float(pick(rng, (0.5, 0.9, 1.6, 3.0))), rng.random() < (0.1 if s.look["pictures"] == "paper" else 0.35), pick(rng, (s.ink, s.ink, s.accent))
     wrap = hang if rng.random() < 0.85 else 0
     groups: list[Group] = []
     used, start, place = 0, int(pick(rng, (1, 1, 1, int(rng.integers(1, 20))))), 0
-    for _ in range(int(rng.integers(2, 10))):
+    for _ in range(int(pick(rng, (1, 2, 3, 3, 4, 5, 6, 9)))):
         inner = nest and bool(groups) and rng.random() < 0.25
         x, marks = left + hang * inner, second if inner else kind
         place += not inner
@@ -352,7 +354,7 @@ def table_picture(rng: Rng, s: Style, width: int, room: int) -> Picture:
             if is_head or title:
                 content = phrase(rng, s.voice, 1, 2 + 2 * title) if i or title or rng.random() < 0.6 else ""
             elif kind == "prose":
-                content = phrase(rng, s.voice, 2, int(pick(rng, (5, 12, 30))))
+                content = phrase(rng, s.voice, 2, int(pick(rng, (4, 10, 25, 60))))
             elif kind == "name":
                 content = phrase(rng, s.voice, 1, int(pick(rng, (2, 4, 7))))
             elif kind == "short":
@@ -489,7 +491,7 @@ MATH = ("α", "β", "γ", "λ", "μ", "σ", "φ", "ω", "∂", "Δ", "Ω", "x", 
 def formula(rng: Rng, s: Style, width: int, room: int) -> Group | None:
     """Draws a displayed formula of one to three lines, mostly with its number, which belongs to its box."""
     size = s.font.size * float(rng.uniform(1.0, 1.2))
-    plain = Font("STIX" if "Computer" in s.font.family or not s.font.family else s.font.family, size) if s.font.family else s.font
+    plain = Font("STIX", size) if "STIX" in families() else s.font
     italic, rows = plain._replace(italic=True), int(pick(rng, (1, 1, 1, 2, 3)))
     step = round(3.4 * size)
     if step * rows > room:
@@ -520,7 +522,7 @@ def _term(rng: Rng, ink: Ink, x: int, axis: int, plain: Font, italic: Font) -> i
         return x + int(drawn.shape[1]) + 1
 
     def product() -> str:
-        return "".join(pick(rng, MATH) for _ in range(int(rng.integers(1, 5))))
+        return "".join(pick(rng, MATH if plain.family == "STIX" else MATH[11:]) for _ in range(int(rng.integers(1, 5))))
 
     if look < 0.25:
         above, under = product(), product()
@@ -530,9 +532,9 @@ def _term(rng: Rng, ink: Ink, x: int, axis: int, plain: Font, italic: Font) -> i
         put(under, x + (wide - word(under, italic).shape[1]) // 2, axis + 0.85 * size, italic)
         return x + wide + 2
     if look < 0.42:
-        end = put(pick(rng, ("∑", "∑", "∫", "∏")), x, axis, plain._replace(size=1.7 * size))
+        end = put(pick(rng, ("∑", "∑", "∫", "∏") if plain.family == "STIX" else "S"), x, axis, plain._replace(size=1.7 * size))
         put("i=1", x, axis + 1.3 * size, small)
-        put(pick(rng, ("N", "n", "∞")), x + 2, axis - 1.2 * size, small)
+        put(pick(rng, ("N", "n", "K")), x + 2, axis - 1.2 * size, small)
         return put(product(), end + 2, axis, italic)
     if look < 0.55:
         end = put(product(), put(pick(rng, "([|"), x, axis, plain), axis, italic)
@@ -540,7 +542,7 @@ def _term(rng: Rng, ink: Ink, x: int, axis: int, plain: Font, italic: Font) -> i
     if look < 0.62:
         end = put(pick(rng, ("exp", "log", "sin", "max", "Pr", "min")), x, axis, plain)
         return put(f"({product()})", end, axis, italic)
-    end = put(pick(rng, MATH), x, axis, italic)
+    end = put(product()[0], x, axis, italic)
     put(pick(rng, ("2", "i", "n", "*", "k")), end, axis - 0.45 * size, small)
     return put(pick(rng, ("i", "ij", "0", "max", "t")), end, axis + 0.35 * size, small) if rng.random() < 0.6 else end + round(0.5 * size)
 
