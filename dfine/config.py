@@ -187,6 +187,7 @@ class PagesConfig(Section):
     annotations: str = ""  # COCO json
     synthetic: Whole = 0  # pages of the embedded data set; used only where no annotations are named
     synthetic_seed: Whole = 0  # pages of different seeds have nothing in common
+    synthetic_style: Literal["plain", "documents"] = "plain"  # documents look like real ones, of many kinds
 
 
 class AugmentConfig(Section):

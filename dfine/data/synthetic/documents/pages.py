@@ -50,23 +50,23 @@ WRITERS: dict[str, Callable[[Rng, Style, int, int], Group | None]] = {
 KINDS: dict[str, tuple[float, tuple[int, ...], str, float, float, float, float, float, float, str, tuple[float, ...]]] = {
     # share, columns, size; chances of serif, colour, title, header, footer, notes; pictures;
     #                              weights of text heading list figure table formula refs toc code quote aside fields
-    "paper": (0.10, (1, 2, 2, 2), "page", 0.7, 0.25, 1.0, 0.75, 0.6, 0.3, "paper", (9, 3.4, 0.4, 0.7, 0.3, 0.5, 0, 0, 0, 0, 0, 0)),
-    "article": (0.22, (1, 2, 2, 2, 2), "page", 0.75, 0.15, 0, 0.85, 0.5, 0.12, "paper", (9, 2.8, 0.4, 1.1, 0.8, 0.8, 0, 0, 0, 0.1, 0, 0)),
-    "maths": (0.05, (1, 1, 2), "page", 0.95, 0.05, 0.1, 0.6, 0.6, 0.2, "paper", (8, 2.2, 0.5, 0.7, 0.3, 7, 0, 0, 0.1, 0.2, 0, 0)),
+    "paper": (0.10, (1, 2, 2, 2), "page", 0.7, 0.25, 1.0, 0.75, 0.6, 0.3, "paper", (9, 3.4, 0.25, 0.7, 0.3, 0.5, 0, 0, 0, 0, 0, 0)),
+    "article": (0.22, (1, 2, 2, 2, 2), "page", 0.75, 0.15, 0, 0.85, 0.5, 0.12, "paper", (9, 2.8, 0.25, 1.1, 0.8, 0.8, 0, 0, 0, 0.1, 0, 0)),
+    "maths": (0.05, (1, 1, 2), "page", 0.95, 0.05, 0.1, 0.6, 0.6, 0.2, "paper", (8, 2.2, 0.3, 0.7, 0.3, 7, 0, 0, 0.1, 0.2, 0, 0)),
     "references": (0.05, (1, 2, 2, 2), "page", 0.7, 0.15, 0, 0.8, 0.6, 0.03, "paper", (2, 1.5, 0.1, 0.3, 0.3, 0, 6, 0, 0, 0, 0, 0)),
-    "report": (0.17, (1, 1, 1, 2), "page", 0.3, 0.6, 0.15, 0.6, 0.8, 0.25, "report", (7, 4.5, 1.3, 1.1, 1.1, 0, 0, 0.05, 0, 0.2, 0.4, 0.1)),
+    "report": (0.17, (1, 1, 1, 2), "page", 0.3, 0.6, 0.15, 0.6, 0.8, 0.25, "report", (7, 4.5, 0.9, 1.1, 1.1, 0, 0, 0.05, 0, 0.2, 0.4, 0.1)),
     "accounts": (0.10, (1, 1, 2), "page", 0.4, 0.5, 0.1, 0.7, 0.8, 0.3, "report", (4.5, 4, 0.4, 0.3, 4, 0, 0, 0.05, 0, 0, 0.1, 0.1)),
-    "manual": (0.08, (1, 1, 2), "page", 0.2, 0.6, 0.1, 0.6, 0.8, 0.1, "manual", (4.5, 5, 2.2, 1.8, 0.9, 0, 0, 0.1, 1.2, 0, 0.6, 0.2)),
-    "law": (0.06, (1, 1, 1, 2), "page", 0.6, 0.1, 0.1, 0.7, 0.7, 0.25, "manual", (6, 3.5, 3.5, 0, 0.3, 0, 0, 0, 0, 0.3, 0, 0)),
+    "manual": (0.08, (1, 1, 2), "page", 0.2, 0.6, 0.1, 0.6, 0.8, 0.1, "manual", (4.5, 5, 1.5, 1.8, 0.9, 0, 0, 0.1, 1.2, 0, 0.6, 0.2)),
+    "law": (0.06, (1, 1, 1, 2), "page", 0.6, 0.1, 0.1, 0.7, 0.7, 0.25, "manual", (6, 3.5, 2.4, 0, 0.3, 0, 0, 0, 0, 0.3, 0, 0)),
     "book": (0.04, (1,), "book", 0.9, 0.1, 0.2, 0.7, 0.6, 0.2, "report", (10, 1.4, 0.4, 0.4, 0.1, 0, 0, 0.1, 0, 0.5, 0, 0)),
-    "magazine": (0.07, (2, 3, 3, 4), "page", 0.55, 0.8, 0.5, 0.5, 0.7, 0.03, "colourful", (9, 3, 0.4, 1.8, 0.2, 0, 0, 0, 0, 0.8, 0.7, 0)),
-    "brochure": (0.06, (1, 2, 2, 3), "odd", 0.25, 0.95, 0.6, 0.3, 0.5, 0.02, "colourful", (5, 4.5, 2.5, 2.5, 0.4, 0, 0, 0, 0, 0.5, 1.2, 0.4)),
+    "magazine": (0.07, (2, 3, 3, 4), "page", 0.55, 0.8, 0.5, 0.5, 0.7, 0.03, "colourful", (9, 3, 0.25, 1.8, 0.2, 0, 0, 0, 0, 0.8, 0.7, 0)),
+    "brochure": (0.06, (1, 2, 2, 3), "odd", 0.25, 0.95, 0.6, 0.3, 0.5, 0.02, "colourful", (5, 4.5, 1.5, 2.5, 0.4, 0, 0, 0, 0, 0.5, 1.2, 0.4)),
     "letter": (0.03, (1,), "page", 0.5, 0.3, 0.1, 0.1, 0.4, 0.02, "report", (7, 0.3, 0.6, 0, 0.15, 0, 0, 0, 0, 0, 0, 1)),
-    "form": (0.04, (1, 1, 2), "page", 0.25, 0.5, 0.7, 0.3, 0.6, 0.1, "report", (2, 3.5, 1, 0, 3, 0, 0, 0, 0, 0, 0.2, 3)),
+    "form": (0.04, (1, 1, 2), "page", 0.25, 0.5, 0.7, 0.3, 0.6, 0.1, "report", (2, 3.5, 0.6, 0, 3, 0, 0, 0, 0, 0, 0.2, 3)),
     "contents": (0.02, (1, 1, 2), "page", 0.4, 0.4, 0.5, 0.5, 0.7, 0.02, "report", (0.6, 0.8, 0, 0, 0, 0, 0, 6, 0, 0, 0, 0)),
-    "slide": (0.06, (1, 1, 2), "slide", 0.1, 0.9, 0, 0.15, 0.6, 0.02, "colourful", (2, 0.3, 4, 3, 0.7, 0.2, 0, 0, 0.2, 0.2, 0.4, 0)),
+    "slide": (0.06, (1, 1, 2), "slide", 0.1, 0.9, 0, 0.15, 0.6, 0.02, "colourful", (2, 0.3, 3.5, 3, 0.7, 0.2, 0, 0, 0.2, 0.2, 0.4, 0)),
     "cover": (0.03, (1,), "odd", 0.35, 0.9, 1.0, 0.1, 0.4, 0.0, "colourful", (1, 0.5, 0.2, 0.5, 0, 0, 0, 0, 0, 0, 0, 0.5)),
-    "poster": (0.03, (2, 3, 4), "odd", 0.2, 0.9, 1.0, 0.1, 0.2, 0.0, "report", (4, 4.5, 1.8, 3, 0.7, 0.3, 0.3, 0, 0, 0, 1, 0)),
+    "poster": (0.03, (2, 3, 4), "odd", 0.2, 0.9, 1.0, 0.1, 0.2, 0.0, "report", (4, 4.5, 1.2, 3, 0.7, 0.3, 0.3, 0, 0, 0, 1, 0)),
     "patent": (0.02, (2,), "page", 0.95, 0.0, 0, 1.0, 0.1, 0.0, "manual", (9, 1.8, 0.6, 0.8, 0.2, 0.3, 0, 0, 0, 0, 0, 0.3)),
 }
 # fmt: on
@@ -381,8 +381,7 @@ def compose(page: Page, rng: Rng, s: Style, kind: str) -> None:
         page.put([Patch("", None, np.full((high, bar, 3), tint, np.uint8), x, 0)], 0, 0)
         kept = [i for i, box in enumerate(page.boxes) if box[2] < x or box[0] > x + bar]
         page.labels, page.boxes = [page.labels[i] for i in kept], [page.boxes[i] for i in kept]
-        dark = sum(tint) < 380
-        inner = s._replace(paper=tint, ink=(255, 255, 255) if dark else (20, 20, 20), accent=(255, 255, 255) if dark else s.accent, align="left", font=s.font._replace(size=max(7.0, 0.9 * s.font.size)), look={**s.look, "heading": "colour"})
+        inner = writers.on_ground(s, tint)._replace(font=s.font._replace(size=max(7.0, 0.9 * s.font.size)))
         fill(page, rng, inner, np.array([5.0, 3, 2, 1, 0, 0, 0, 0, 0, 0.5, 0, 1]), x + 12, top, bar - 24, round(bottom * float(rng.uniform(0.4, 1))))
         left, right = (bar + 16, right) if on_left else (left, x - 16)
     elif kind in ("law", "book", "manual", "report", "paper") and rng.random() < (0.4 if kind == "law" else 0.12):  # notes in the margin

@@ -112,6 +112,7 @@ def chart(rng: Rng, wide: int, high: int, paper: Colour, voice: Voice, family: s
     elif legend == "below":
         low -= 2 * size
     across, up = max(20, right - left), max(20, low - top)
+    right, low = left + across, top + up
     if look == "pie":
         shares = np.r_[0, np.cumsum(rng.dirichlet(np.ones(int(rng.integers(3, 8)))))] * 360
         r = min(across, up) / 2 - 2
@@ -165,7 +166,7 @@ def chart(rng: Rng, wide: int, high: int, paper: Colour, voice: Voice, family: s
                 part = 0.7 * slot / (1 if look == "stack" else series)
                 for j, y in enumerate(ys.tolist()):
                     x = left + slot * (j + 0.15) + (0 if look == "stack" else i * part)
-                    draw.rectangle((x, low - (base[j] + y) * up, x + part - 1, low - base[j] * up), colour, pick(rng, (None, ink)))
+                    draw.rectangle((x, low - (base[j] + y) * up, x + max(0, part - 1), low - base[j] * up), colour, pick(rng, (None, ink)))
                     if look == "bar" and series < 3:
                         draw.line((x + part / 2, low - y * up - size / 2, x + part / 2, low - y * up + size / 2), ink)
                 base = base + ys * (look == "stack")

@@ -582,15 +582,23 @@ def quote(rng: Rng, s: Style, width: int, room: int) -> Group | None:
     return Group(patches, group.high + gap, gap)
 
 
+def on_ground(s: Style, ground: Colour) -> Style:
+    """The style of text on a ground of another colour: white on a dark one."""
+    ink: Colour = (255, 255, 255) if sum(ground) < 380 else (20, 20, 20)
+    far = abs(sum(ground) - sum(s.accent)) > 200
+    look = {**s.look, "heading": "colour"}
+    return s._replace(paper=ground, ink=ink, accent=s.accent if far else ink, align="left", look=look)
+
+
 def aside(rng: Rng, s: Style, width: int, room: int) -> Group | None:
     """Draws a tinted, framed or inverted box with a heading and text or a list in it."""
     if room < 12 * s.pitch or width < 110:
         return None
     inverted, pad = rng.random() < 0.25, round(s.font.size)
     back = s.accent if inverted else _mixed(s.accent, s.paper, float(rng.uniform(0.78, 0.94)))
-    inner = s._replace(paper=back, ink=(255, 255, 255) if sum(back) < 380 else (20, 20, 20), accent=(255, 255, 255) if sum(back) < 380 else s.accent, align="left", look={**s.look, "heading": "colour"})
+    inner = on_ground(s, back)
     parts, left = [], min(room, round(s.pitch * float(rng.uniform(10, 26)))) - 2 * pad
-    for writer in (heading, *rng.permutation(np.array([paragraph, items, paragraph, items], object))[: int(rng.integers(1, 4))]):
+    for writer in (heading, *rng.permutation(np.array([paragraph, paragraph, paragraph, items], object))[: int(rng.integers(1, 4))]):
         part = writer(rng, inner, width - 2 * pad, left)
         if part and part.high + part.gap <= left:
             parts.append(part)
