@@ -1,7 +1,6 @@
 """Drawn documents: the same everywhere, boxes tight and apart, all classes, with and without typefaces."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +22,9 @@ def drawn() -> list[Drawn]:
 
 
 @pytest.fixture
-def no_typefaces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_typefaces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text, "families", frozenset)
     monkeypatch.setattr(writers, "families", frozenset)
-    yield
 
 
 def overlap(boxes: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Pictures of the drawn documents: photographs, charts, diagrams, maps, panels and logos, as RGB arrays."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import cv2
@@ -41,25 +42,31 @@ def pale(rng: Rng, strength: float = 0.15) -> Colour:
 def noise(rng: Rng, wide: int, high: int, coarse: int, channels: int = 1) -> npt.NDArray[np.float32]:
     """Draws smooth noise from 0 to 1 with structures of about a `coarse`-th of the picture."""
     small = rng.random((coarse + 1, max(2, coarse * wide // max(1, high) + 1), channels)).astype(np.float32)
-    return cv2.resize(small, (wide, high), interpolation=cv2.INTER_CUBIC).reshape(high, wide, channels)
+    large = cv2.resize(small, (wide, high), interpolation=cv2.INTER_CUBIC)
+    return np.asarray(large, np.float32).reshape(high, wide, channels)
 
 
 def photo(rng: Rng, wide: int, high: int) -> Picture:
     """Draws something like a photograph: light and colour at several scales, things in front, a grain."""
-    low, top = (np.array(vivid(rng), np.float32) * rng.uniform(0.1, 0.8), np.array(pale(rng, rng.uniform(0.1, 0.9)), np.float32))
-    light = 0.6 * noise(rng, wide, high, int(rng.integers(1, 4))) + 0.3 * noise(rng, wide, high, int(rng.integers(4, 12)))
+    low, top = (
+        np.array(vivid(rng), np.float32) * rng.uniform(0.1, 0.8),
+        np.array(pale(rng, rng.uniform(0.1, 0.9)), np.float32),
+    )
+    light = 0.6 * noise(rng, wide, high, int(rng.integers(1, 4))) + 0.3 * noise(
+        rng, wide, high, int(rng.integers(4, 12))
+    )
     light += 0.15 * noise(rng, wide, high, 30)
     if rng.random() < 0.5:  # a sky
         light += np.linspace(0.5, -0.4, high, dtype=np.float32)[:, None, None]
     tint = noise(rng, wide, high, 2, 3) * rng.uniform(20, 120)
     image = np.clip(low + (top - low) * light + tint - 40, 0, 255).astype(np.uint8)
     texture = np.clip(tint + 160 * (noise(rng, wide, high, 60) - 0.3), 0, 255).astype(np.uint8)
-    for _ in range(int(pick(rng, (0, 4, 10, 25)))):
-        scale = float(rng.uniform(0.05, 0.6))
+    for _ in range(pick(rng, (0, 4, 10, 25))):
+        scale = rng.uniform(0.05, 0.6)
         x, y, a, b = (rng.uniform(-0.1, 1, 4) * (wide, high, scale * wide, scale * high)).astype(int).tolist()
         colour, look = tuple(int(c) for c in rng.integers(0, 256, 3)), rng.random()
         if look < 0.4:
-            cv2.ellipse(image, (x, y), (abs(a) + 2, abs(b) + 2), float(rng.uniform(0, 180)), 0, 360, colour, -1, cv2.LINE_AA)
+            cv2.ellipse(image, (x, y), (abs(a) + 2, abs(b) + 2), rng.uniform(0, 180), 0, 360, colour, -1, cv2.LINE_AA)
         elif look < 0.7:
             points = np.array([x, y]) + rng.integers(-max(4, abs(a)), max(5, abs(a)), (5, 2))
             cv2.fillPoly(image, [points.astype(np.int32)], colour, cv2.LINE_AA)
@@ -69,7 +76,7 @@ def photo(rng: Rng, wide: int, high: int) -> Picture:
             cut = (slice(max(0, y), max(0, y) + abs(b) + 1), slice(max(0, x), max(0, x) + abs(a) + 1))
             image[cut] = texture[cut]
     if rng.random() < 0.6:
-        image = cv2.GaussianBlur(image, (0, 0), float(pick(rng, (0.6, 1.0, 2.0, 4.0))))
+        image = cv2.GaussianBlur(image, (0, 0), pick(rng, (0.6, 1.0, 2.0, 4.0)))
     grain = rng.normal(0, rng.uniform(1, 9), (high, wide, 1)).astype(np.float32)
     shade = image + grain + 25 * (noise(rng, wide, high, 40) - 0.5)
     image = np.clip(shade, 0, 255).astype(np.uint8)
@@ -78,14 +85,28 @@ def photo(rng: Rng, wide: int, high: int) -> Picture:
 
 def micrograph(rng: Rng, wide: int, high: int) -> Picture:
     """Draws bright spots, cells or bands on a dark ground, or tissue on a light one."""
-    field, colour = np.zeros((high, wide), np.float32), np.array(pick(rng, ((60, 255, 90), (255, 60, 60), (80, 110, 255), (255, 255, 255))))
+    field, colour = (
+        np.zeros((high, wide), np.float32),
+        np.array(pick(rng, ((60, 255, 90), (255, 60, 60), (80, 110, 255), (255, 255, 255)))),
+    )
     for _ in range(int(rng.integers(8, 90))):
         x, y, r = int(rng.integers(wide)), int(rng.integers(high)), max(1, int(rng.uniform(0.01, 0.09) * wide))
-        cv2.ellipse(field, (x, y), (r, max(1, int(r * rng.uniform(0.4, 1)))), float(rng.uniform(0, 180)), 0, 360, float(rng.uniform(0.3, 1)), int(pick(rng, (-1, -1, 1))))
+        cv2.ellipse(
+            field,
+            (x, y),
+            (r, max(1, int(r * rng.uniform(0.4, 1)))),
+            rng.uniform(0, 180),
+            0,
+            360,
+            rng.uniform(0.3, 1),
+            pick(rng, (-1, -1, 1)),
+        )
     field = cv2.GaussianBlur(field, (0, 0), rng.uniform(0.6, 3))[:, :, None] + 0.2 * noise(rng, wide, high, 20)
     if rng.random() < 0.35:  # stained tissue, or a gel
         ground, ink = np.array(pick(rng, ((240, 215, 230), (225, 225, 225), (235, 225, 205)))), np.array(vivid(rng))
-        return np.clip(ground + (ink - ground) * (0.8 * field + 0.3 * noise(rng, wide, high, 50)), 0, 255).astype(np.uint8)
+        return np.clip(ground + (ink - ground) * (0.8 * field + 0.3 * noise(rng, wide, high, 50)), 0, 255).astype(
+            np.uint8
+        )
     return np.clip(field * colour, 0, 255).astype(np.uint8)
 
 
@@ -99,13 +120,13 @@ def chart(rng: Rng, wide: int, high: int, paper: Colour, voice: Voice, family: s
     draw, palette, font = ImageDraw.Draw(image), pick(rng, PALETTES), Font(family, max(7.0, min(wide / 32, 11.0)))
     ink: Any = (0, 0, 0) if sum(paper) > 380 else (255, 255, 255)
     ink = pick(rng, (ink, ink, (110, 110, 110)))
-    look = pick(rng, ("line", "line", "line", "scatter", "bar", "bar", "stack", "flat", "pie", "box", "heat", "area"))
+    look = pick(rng, ["line", "line", "line", "scatter", "bar", "bar", "stack", "flat", "pie", "box", "heat", "area"])
     size, series = round(font.size), int(rng.integers(1, 6))
     left, right, top, low = 4 * size, wide - size, size, high - 3 * size
     if rng.random() < 0.35:
         _label(draw, phrase(rng, voice, 2, 5), wide / 2, size, font._replace(size=1.2 * font.size, bold=True), ink)
         top += 2 * size
-    legend = pick(rng, ("none", "none", "right", "below", "inside"))
+    legend = pick(rng, ["none", "none", "right", "below", "inside"])
     names = [phrase(rng, voice, 1, 2)[:14] for _ in range(series)]
     if legend == "right" and wide > 220:
         right -= 8 * size
@@ -118,10 +139,17 @@ def chart(rng: Rng, wide: int, high: int, paper: Colour, voice: Voice, family: s
         r = min(across, up) / 2 - 2
         cx, cy = left + across / 2, top + up / 2
         squash = pick(rng, (1.0, 1.0, 0.6))
-        for i, (a, b) in enumerate(zip(shares[:-1], shares[1:], strict=True)):
+        for i, (a, b) in enumerate(pairwise(shares)):
             draw.pieslice((cx - r, cy - r * squash, cx + r, cy + r * squash), a, b + 1, palette[i % 6], paper)
             angle = np.radians((a + b) / 2)
-            _label(draw, f"{(b - a) / 3.6:.0f}%", cx + 1.12 * r * np.cos(angle), cy + 1.1 * r * squash * np.sin(angle), font, ink)
+            _label(
+                draw,
+                f"{(b - a) / 3.6:.0f}%",
+                cx + 1.12 * r * np.cos(angle),
+                cy + 1.1 * r * squash * np.sin(angle),
+                font,
+                ink,
+            )
         if rng.random() < 0.3:
             draw.ellipse((cx - r / 2, cy - r / 2 * squash, cx + r / 2, cy + r / 2 * squash), paper)
     else:
@@ -130,27 +158,43 @@ def chart(rng: Rng, wide: int, high: int, paper: Colour, voice: Voice, family: s
         count = int(rng.integers(3, 9)) if look in ("bar", "stack", "flat", "box") else int(rng.integers(5, 60))
         slot = across / count
         if look == "heat":
-            cells = (rng.random((int(rng.integers(4, 30)), int(rng.integers(4, 40)))) ** pick(rng, (1, 2)) * 255).astype(np.uint8)
-            cells = cv2.resize(cells, (int(across), int(up)), interpolation=pick(rng, (cv2.INTER_NEAREST, cv2.INTER_NEAREST, cv2.INTER_CUBIC)))
-            heat = cv2.applyColorMap(cells, int(pick(rng, (cv2.COLORMAP_JET, cv2.COLORMAP_VIRIDIS, cv2.COLORMAP_HOT, cv2.COLORMAP_BONE))))
+            cells = (
+                rng.random((int(rng.integers(4, 30)), int(rng.integers(4, 40)))) ** pick(rng, (1, 2)) * 255
+            ).astype(np.uint8)
+            blown = cv2.resize(
+                cells,
+                (int(across), int(up)),
+                interpolation=pick(rng, (cv2.INTER_NEAREST, cv2.INTER_NEAREST, cv2.INTER_CUBIC)),
+            )
+            heat = cv2.applyColorMap(
+                blown, pick(rng, (cv2.COLORMAP_JET, cv2.COLORMAP_VIRIDIS, cv2.COLORMAP_HOT, cv2.COLORMAP_BONE))
+            )
             image.paste(Image.fromarray(heat), (int(left), int(top)))
         base = np.zeros(count)
         for i in range(series if look not in ("heat", "flat") else look == "flat"):
             colour: Any = palette[i % 6]
-            walk = np.cumsum(rng.normal(size=count)) if rng.random() < 0.6 else np.exp(-np.linspace(0, rng.uniform(1, 5), count)) + rng.normal(0, 0.03, count)
+            walk = (
+                np.cumsum(rng.normal(size=count))
+                if rng.random() < 0.6
+                else np.exp(-np.linspace(0, rng.uniform(1, 5), count)) + rng.normal(0, 0.03, count)
+            )
             ys = 0.08 + 0.8 * (walk - walk.min()) / (np.ptp(walk) + 1e-9) * rng.uniform(0.4, 1)
             xs = left + slot * (np.arange(count) + 0.5)
             points = list(zip(xs.tolist(), (low - ys * up).tolist(), strict=True))
             if look in ("line", "area"):
                 if look == "area":
                     draw.polygon([(xs[0], low), *points, (xs[-1], low)], colour)
-                draw.line(points, colour, width=int(pick(rng, (1, 1, 2, 3))))
+                draw.line(points, colour, width=pick(rng, (1, 1, 2, 3)))
                 if rng.random() < 0.3:
                     for x, y in points:
                         draw.rectangle((x - 2, y - 2, x + 2, y + 2), colour)
             elif look == "scatter":
                 r = pick(rng, (1, 2, 3))
-                for x, y in zip(rng.normal(0.5, 0.2, 40).clip(0, 1) * across + left, low - rng.normal(0.5, 0.2, 40).clip(0, 1) * up, strict=True):
+                for x, y in zip(
+                    rng.normal(0.5, 0.2, 40).clip(0, 1) * across + left,
+                    low - rng.normal(0.5, 0.2, 40).clip(0, 1) * up,
+                    strict=True,
+                ):
                     draw.ellipse((x - r, y - r, x + r, y + r), colour)
             elif look == "flat":
                 for j, y in enumerate(ys.tolist()):
@@ -160,13 +204,21 @@ def chart(rng: Rng, wide: int, high: int, paper: Colour, voice: Voice, family: s
                 for x, y in points:
                     x, h = x - slot / 2 + (i + 0.5) * slot / series, rng.uniform(0.04, 0.15) * up
                     draw.line((x, max(top, y - 2 * h), x, min(low, y + 2 * h)), ink)
-                    draw.rectangle((x - 0.3 * slot / series, max(top, y - h), x + 0.3 * slot / series, min(low, y + h)), colour, ink)
+                    draw.rectangle(
+                        (x - 0.3 * slot / series, max(top, y - h), x + 0.3 * slot / series, min(low, y + h)),
+                        colour,
+                        ink,
+                    )
             else:
                 ys = ys / (series if look == "stack" else 1)
                 part = 0.7 * slot / (1 if look == "stack" else series)
                 for j, y in enumerate(ys.tolist()):
                     x = left + slot * (j + 0.15) + (0 if look == "stack" else i * part)
-                    draw.rectangle((x, low - (base[j] + y) * up, x + max(0, part - 1), low - base[j] * up), colour, pick(rng, (None, ink)))
+                    draw.rectangle(
+                        (x, low - (base[j] + y) * up, x + max(0, part - 1), low - base[j] * up),
+                        colour,
+                        pick(rng, (None, ink)),
+                    )
                     if look == "bar" and series < 3:
                         draw.line((x + part / 2, low - y * up - size / 2, x + part / 2, low - y * up + size / 2), ink)
                 base = base + ys * (look == "stack")
@@ -182,9 +234,10 @@ def chart(rng: Rng, wide: int, high: int, paper: Colour, voice: Voice, family: s
             _label(draw, phrase(rng, voice, 1, 4), left + across / 2, low + 2.1 * size, font, ink)
     if legend != "none":
         for i, name in enumerate(names):
-            x, y = {"right": (right + size, top + (1 + 1.5 * i) * size), "inside": (right - 9 * size, top + (1 + 1.5 * i) * size)}.get(
-                legend, (left + i * across / series, high - size)
-            )
+            x, y = {
+                "right": (right + size, top + (1 + 1.5 * i) * size),
+                "inside": (right - 9 * size, top + (1 + 1.5 * i) * size),
+            }.get(legend, (left + i * across / series, high - size))
             draw.rectangle((x, y - 3, x + 6, y + 3), palette[i % 6])
             _label(draw, name, x + 10, y, font, ink, "lm")
     if rng.random() < 0.12:
@@ -194,7 +247,7 @@ def chart(rng: Rng, wide: int, high: int, paper: Colour, voice: Voice, family: s
 
 def diagram(rng: Rng, wide: int, high: int, paper: Colour, voice: Voice, family: str) -> Picture:
     """Draws named boxes joined by arrows, in rows or as a tree."""
-    image, palette, size = Image.new("RGB", (wide, high), paper), pick(rng, PALETTES), float(rng.uniform(7.5, 11))
+    image, palette, size = Image.new("RGB", (wide, high), paper), pick(rng, PALETTES), rng.uniform(7.5, 11)
     draw, font = ImageDraw.Draw(image), Font(family, size)
     filled, line, dark = rng.random() < 0.6, pick(rng, ((0, 0, 0), palette[0], (90, 90, 90))), sum(palette[0]) < 330
     rows, columns = max(1, int(high / rng.uniform(45, 90))), max(1, int(wide / rng.uniform(80, 150)))
@@ -210,7 +263,11 @@ def diagram(rng: Rng, wide: int, high: int, paper: Colour, voice: Voice, family:
                 draw.ellipse(box, fill, line)
             else:
                 draw.rounded_rectangle(box, 0 if look == "rectangle" else 6, fill, line)
-            centre, middle, ink = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2, (255, 255, 255) if filled and dark else (0, 0, 0)
+            centre, middle, ink = (
+                (box[0] + box[2]) / 2,
+                (box[1] + box[3]) / 2,
+                (255, 255, 255) if filled and dark else (0, 0, 0),
+            )
             fits = max(3, int(step_x * 0.7 / (0.55 * size)))
             for k in range(2 if step_y > 45 and rng.random() < 0.6 else 1):
                 _label(draw, phrase(rng, voice, 1, 3)[:fits], centre, middle + (k - 0.4) * size * 1.2, font, ink)
@@ -226,20 +283,22 @@ def diagram(rng: Rng, wide: int, high: int, paper: Colour, voice: Voice, family:
 def sketch(rng: Rng, wide: int, high: int, paper: Colour, voice: Voice, family: str) -> Picture:
     """Draws thin outlines with reference numbers, as patents, manuals and chemistry have them."""
     image = Image.new("RGB", (wide, high), paper)
-    draw, ink, font = ImageDraw.Draw(image), (20, 20, 20), Font(family, float(rng.uniform(8, 12)))
+    draw, ink, font = ImageDraw.Draw(image), (20, 20, 20), Font(family, rng.uniform(8, 12))
     hexagons = rng.random() < 0.4
     for _ in range(int(rng.integers(3, 14))):
         x, y = rng.uniform(0.15, 0.85, 2) * (wide, high)
         a, b = rng.uniform(0.04, 0.3, 2) * (wide, high)
-        weight = int(pick(rng, (1, 1, 2)))
+        weight = pick(rng, (1, 1, 2))
         if hexagons:
             r = min(wide, high) * 0.1
             angles = np.radians(np.arange(0, 361, 60) + 30)
             draw.line([(x + r * np.cos(t), y + r * np.sin(t)) for t in angles], ink, weight)
             draw.line((x, y + r, x + r, y + 2 * r), ink, weight)
-            _label(draw, pick(rng, ("OH", "CH3", "N", "R1", "O", "NH2")), x + r, y + 2 * r + 5, font, ink)
+            _label(draw, pick(rng, ["OH", "CH3", "N", "R1", "O", "NH2"]), x + r, y + 2 * r + 5, font, ink)
             continue
-        pick(rng, (draw.ellipse, draw.rectangle, draw.rectangle))((x - a / 2, y - b / 2, x + a / 2, y + b / 2), None, ink, weight)
+        pick(rng, (draw.ellipse, draw.rectangle, draw.rectangle))(
+            (x - a / 2, y - b / 2, x + a / 2, y + b / 2), None, ink, weight
+        )
         end = (x + pick(rng, (-1, 1)) * 0.6 * a, y - 0.6 * b)
         draw.line((x, y, *end), ink)
         _label(draw, f"{rng.integers(1, 200)}", *end, font, ink, "ms")
@@ -257,7 +316,7 @@ def chart_map(rng: Rng, wide: int, high: int, paper: Colour, voice: Voice, famil
         picture[levels == levels[0, 0]] = paper
     picture[edge] = (110, 110, 110)
     image = Image.fromarray(picture)
-    draw, font = ImageDraw.Draw(image), Font(family, float(rng.uniform(7, 10)))
+    draw, font = ImageDraw.Draw(image), Font(family, rng.uniform(7, 10))
     for _ in range(int(rng.integers(2, 10))):
         x, y = rng.uniform(0.1, 0.85, 2) * (wide, high)
         draw.ellipse((x - 2, y - 2, x + 2, y + 2), (200, 30, 30))
@@ -270,7 +329,7 @@ def screen(rng: Rng, wide: int, high: int, paper: Colour, voice: Voice, family: 
     """Draws a window of a program: a bar, fields, buttons, lines of text."""
     back = pick(rng, ((255, 255, 255), (240, 240, 240), (20, 24, 32), (250, 250, 245)))
     image = Image.new("RGB", (wide, high), back)
-    draw, font, bar = ImageDraw.Draw(image), Font(family, float(rng.uniform(7, 10))), vivid(rng)
+    draw, font, bar = ImageDraw.Draw(image), Font(family, rng.uniform(7, 10)), vivid(rng)
     ink = (0, 0, 0) if sum(back) > 400 else (220, 220, 220)
     draw.rectangle((0, 0, wide - 1, high - 1), None, (120, 120, 120))
     if rng.random() < 0.7:
@@ -278,11 +337,11 @@ def screen(rng: Rng, wide: int, high: int, paper: Colour, voice: Voice, family: 
         _label(draw, phrase(rng, voice, 2, 4), 6, 8, font, (255, 255, 255), "lm")
     y = 24.0
     while y < high - 12:
-        x = 8 + float(pick(rng, (0, 0, 12, 24)))
+        x = 8 + pick(rng, (0, 0, 12, 24))
         _label(draw, phrase(rng, voice, 1, max(1, wide // 70)), x, y, font, ink, "lm")
         if rng.random() < 0.2:
             draw.rectangle((wide * 0.6, y - 5, wide * 0.9, y + 5), pick(rng, (None, (225, 230, 240))), (130, 130, 130))
-        y += font.size * float(rng.uniform(1.2, 2))
+        y += font.size * rng.uniform(1.2, 2)
     return np.array(image)
 
 
@@ -297,16 +356,36 @@ def logo(rng: Rng, wide: int, high: int, paper: Colour, voice: Voice, family: st
         draw.ellipse((0.3 * side, 0.3 * side, 0.8 * side, 0.8 * side), other)
     elif look < 0.5:
         for i in range(3):
-            draw.polygon((i * side / 3, side, (i + 1) * side / 3, side, (i + 1.5) * side / 3, 0.2 * side * i, (i + 0.5) * side / 3, 0.2 * side * i), pick(rng, (colour, other)))
+            draw.polygon(
+                (
+                    i * side / 3,
+                    side,
+                    (i + 1) * side / 3,
+                    side,
+                    (i + 1.5) * side / 3,
+                    0.2 * side * i,
+                    (i + 0.5) * side / 3,
+                    0.2 * side * i,
+                ),
+                pick(rng, (colour, other)),
+            )
     elif look < 0.75:
         draw.rounded_rectangle((0, 0, side, side), side / 6, colour)
-        _label(draw, phrase(rng, voice, 1, 1)[0], side / 2, side / 2, Font(family, 0.7 * side, bold=True), (255, 255, 255))
+        _label(
+            draw, phrase(rng, voice, 1, 1)[0], side / 2, side / 2, Font(family, 0.7 * side, bold=True), (255, 255, 255)
+        )
     else:
         draw.polygon((side / 2, 0, side, side, 0, side), colour)
         draw.line((0, side / 2, side, side / 2), other, 3)
     if wide > 1.4 * side:
         size = min(0.55 * side, (wide - side) / 4.5)
-        draw.text((1.1 * side, side / 2), phrase(rng, voice, 1, 1, pick(rng, ("upper", "first")))[:8], pick(rng, (colour, (0, 0, 0) if sum(paper) > 380 else (255, 255, 255))), face(Font(family, size, bold=True)), anchor="lm")
+        draw.text(
+            (1.1 * side, side / 2),
+            phrase(rng, voice, 1, 1, pick(rng, ("upper", "first")))[:8],
+            pick(rng, (colour, (0, 0, 0) if sum(paper) > 380 else (255, 255, 255))),
+            face(Font(family, size, bold=True)),
+            anchor="lm",
+        )
     return np.array(image)
 
 
@@ -314,17 +393,25 @@ def panels(rng: Rng, wide: int, high: int, paper: Colour, voice: Voice, family: 
     """Draws several pictures in rows, mostly with letters, as papers do."""
     picture = np.full((high, wide, 3), paper, np.uint8)
     rows, columns = max(1, min(int(rng.integers(1, 4)), high // 70)), max(1, min(int(rng.integers(2, 5)), wide // 80))
-    gap, mixed, dark = int(pick(rng, (2, 6, 12))), rng.random() < 0.4, rng.random() < 0.5
+    gap, mixed, dark = pick(rng, (2, 6, 12)), rng.random() < 0.4, rng.random() < 0.5
     step_x, step_y = wide // columns, high // rows
     image = None
     for i in range(rows * columns):
         w, h = step_x - gap, step_y - gap
         as_photo = rng.random() < 0.5 if mixed else dark
-        part = pick(rng, (micrograph, micrograph, photo))(rng, w, h) if as_photo else chart(rng, w, h, paper, voice, family)
+        part = (
+            pick(rng, (micrograph, micrograph, photo))(rng, w, h)
+            if as_photo
+            else chart(rng, w, h, paper, voice, family)
+        )
         x, y = i % columns * step_x, i // columns * step_y
         picture[y : y + h, x : x + w] = part
     image = Image.fromarray(picture)
-    draw, font, case = ImageDraw.Draw(image), Font(family, 11.0, bold=True), pick(rng, ("ABCDEFGHIJKLM", "abcdefghijklm", " " * 13))
+    draw, font, case = (
+        ImageDraw.Draw(image),
+        Font(family, 11.0, bold=True),
+        pick(rng, ("ABCDEFGHIJKLM", "abcdefghijklm", " " * 13)),
+    )
     for i in range(rows * columns):
         x, y = i % columns * step_x + 2, i // columns * step_y + 1
         shade = float(np.asarray(image.getpixel((x + 4, min(high - 1, y + 6)))).mean())

@@ -74,7 +74,7 @@ SCRIPTS = {  # letters only, so that shapes are right but words are not
     "Arabic": ("Noto Sans Arabic", "ابتثجحخدذرزسشصضطظعغفقكلمنهوي", "اوي"),
 }
 # fmt: on
-PLAIN = str.maketrans("–—’‘“”•§×−·…éèàâêôûçäöüß°±≤", '--\'\'""*S.-..eeaaeoucaous.+=')  # for faces of few letters
+PLAIN = str.maketrans("–—’‘“”•§×−·…éèàâêôûçäöüß°±≤", "--''\"\"*S.-..eeaaeoucaous.+=")  # for faces of few letters
 
 
 class Font(NamedTuple):
@@ -99,7 +99,11 @@ class Voice(NamedTuple):
 def matplotlib_fonts() -> Path | None:
     """Where matplotlib keeps its typefaces, without importing it."""
     spec = find_spec("matplotlib")
-    return Path(spec.submodule_search_locations[0], "mpl-data/fonts/ttf") if spec and spec.submodule_search_locations else None
+    return (
+        Path(spec.submodule_search_locations[0], "mpl-data/fonts/ttf")
+        if spec and spec.submodule_search_locations
+        else None
+    )
 
 
 @cache
@@ -113,7 +117,7 @@ def families() -> frozenset[str]:
         found |= {fontpkg.family(slug).name for slug in fontpkg.families()}
     if missing := wanted - found:
         warnings.warn(
-            f"{len(missing)} of {len(wanted)} typefaces are missing, so the drawn documents differ from those of a full "
+            f"{len(missing)} of {len(wanted)} typefaces are missing, so drawn documents differ from those of a full "
             "installation: pip install 'dfine[pages]'",
             stacklevel=2,
         )
@@ -151,7 +155,9 @@ def face(font: Font) -> ImageFont.FreeTypeFont:
 def _usual(axis: object) -> float:
     """The setting of an axis for ordinary text: some families begin at their thinnest."""
     assert isinstance(axis, dict)
-    return float(max(axis["minimum"], min(400, axis["maximum"]))) if axis["name"] == b"Weight" else float(axis["default"])
+    return (
+        float(max(axis["minimum"], min(400, axis["maximum"]))) if axis["name"] == b"Weight" else float(axis["default"])
+    )
 
 
 @lru_cache(maxsize=1 << 16)
@@ -208,7 +214,7 @@ def _lexicon(language: str) -> tuple[str, ...]:
         _, _, starts, cores, ends = LANGUAGES[language]
         middle = starts.lower().split()
         parts = [pick(rng, starts.split()), pick(rng, cores.split())]
-        for _ in range(int(pick(rng, (0, 1, 1, 2)))):
+        for _ in range(pick(rng, (0, 1, 1, 2))):
             parts += [pick(rng, middle)[-2:].strip("'"), pick(rng, cores.split())]
         words.append("".join(parts) + pick(rng, ends.split()))
     return tuple(words)
@@ -233,7 +239,9 @@ def number(rng: Rng) -> str:
 
 def phrase(rng: Rng, voice: Voice, low: int = 1, high: int = 4, case: str = "first") -> str:
     """Makes up some words without a stop; `case`: first, title, upper or none."""
-    words = [pick(rng, voice.rare if rng.random() < 0.75 else voice.common) for _ in range(int(rng.integers(low, high + 1)))]
+    words = [
+        pick(rng, voice.rare if rng.random() < 0.75 else voice.common) for _ in range(int(rng.integers(low, high + 1)))
+    ]
     text = " ".join(words)
     return {"first": text[:1].upper() + text[1:], "title": text.title(), "upper": text.upper()}.get(case, text)
 
@@ -257,14 +265,22 @@ def prose(rng: Rng, voice: Voice, count: float, font: Font) -> list[Ink]:
         fresh = mark < 0.06
         inks.append(word(text + ("." if fresh else "," if mark < 0.12 else ""), cut))
         if 0.085 > odd > 0.08:
-            inks.append(word(str(rng.integers(1, 30)), font._replace(size=0.65 * font.size), 0.4 * font.size, font.size))
+            inks.append(
+                word(str(rng.integers(1, 30)), font._replace(size=0.65 * font.size), 0.4 * font.size, font.size)
+            )
         if odd > 0.8:
             cut = font
     return inks
 
 
 def set_text(
-    inks: Sequence[Ink], width: int = 0, pitch: int = 0, align: str = "left", first: int = 0, rest: int = 0, most: int = 999
+    inks: Sequence[Ink],
+    width: int = 0,
+    pitch: int = 0,
+    align: str = "left",
+    first: int = 0,
+    rest: int = 0,
+    most: int = 999,
 ) -> Ink:
     """Sets words in lines of `width` pixels (0: one line), `pitch` apart, and keeps `most` of them.
 

@@ -1,6 +1,7 @@
 """What stands on the drawn documents: each writer draws what comes next into a column, as labelled patches."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -92,7 +93,9 @@ def words_for(font: Font, width: float, lines: float) -> float:
     return max(1.0, lines * width / (3.1 * font.size))
 
 
-def text(rng: Rng, s: Style, width: int, lines: float, label: str = "Text", font: Font | None = None, **how: object) -> Group:
+def text(
+    rng: Rng, s: Style, width: int, lines: float, label: str = "Text", font: Font | None = None, **how: object
+) -> Group:
     """Sets prose of about so many lines."""
     font = font or s.font
     pitch = round(s.pitch * font.size / s.font.size)
@@ -109,9 +112,9 @@ def paragraph(rng: Rng, s: Style, width: int, room: int) -> Group | None:
     if most < 1:
         return None
     lengths = ((0.3, 2), (2, 7), (3, 9), (6, 16), (10, 34), (5, 12))
-    length = float(rng.uniform(*pick(rng, lengths[1:] if s.look["pictures"] == "paper" and rng.random() < 0.7 else lengths)))
+    length = rng.uniform(*pick(rng, lengths[1:] if s.look["pictures"] == "paper" and rng.random() < 0.7 else lengths))
     inks = prose(rng, s.voice, words_for(s.font, width, length), s.font)
-    if s.look["lead"] == "bold" and rng.random() < 0.3 or rng.random() < 0.03:
+    if (s.look["lead"] == "bold" and rng.random() < 0.3) or rng.random() < 0.03:
         cut = s.font._replace(bold=rng.random() < 0.6, italic=rng.random() < 0.5)
         inks = [word(w, cut) for w in (phrase(rng, s.voice, 1, 4) + pick(rng, (".", ":", " –"))).split()] + inks
     label = "Text"
@@ -126,20 +129,30 @@ def heading(rng: Rng, s: Style, width: int, room: int, level: int | None = None)
     if room < 5 * s.pitch:
         return None
     level = int(rng.integers(3)) if level is None else level
-    look, font = s.look["heading"], s.head._replace(size=max(s.font.size, s.head.size - level * (s.head.size - s.font.size) / 2.5))
+    look, font = (
+        s.look["heading"],
+        s.head._replace(size=max(s.font.size, s.head.size - level * (s.head.size - s.font.size) / 2.5)),
+    )
     if level == 2 and look != "bar":
         font = font._replace(italic=rng.random() < 0.5, bold=rng.random() < 0.7)
-    label = phrase(rng, s.voice, 1, 6, "upper" if look == "upper" and level < 2 else pick(rng, ("first", "first", "title")))
+    label = phrase(
+        rng, s.voice, 1, 6, "upper" if look == "upper" and level < 2 else pick(rng, ("first", "first", "title"))
+    )
     if s.numbered:
         part = ".".join(str(rng.integers(1, 9)) for _ in range(level + 1))
         label = pick(rng, (f"{part} ", f"{part}. ", f"{part}  ", f"{pick(rng, ('I', 'II', 'IV', 'V'))}. ")) + label
     elif rng.random() < 0.06:
-        label = pick(rng, ("§ {} ", "Article {} ", "Step {}: ", "Chapter {}. ", "({}) ", "SEC. {}. ")).format(rng.integers(1, 30)) + label
+        label = (
+            pick(rng, ("§ {} ", "Article {} ", "Step {}: ", "Chapter {}. ", "({}) ", "SEC. {}. ")).format(
+                rng.integers(1, 30)
+            )
+            + label
+        )
     pitch = round(1.25 * font.size)
     bar = look in ("bar", "tint") and level == 0
     pad, fits = (round(0.4 * font.size), max(40, width)) if bar else (0, width)
     align = "center" if look == "centre" and level < 2 else "left"
-    colour = s.accent if look in ("colour", "tint", "rule", "upper") or level == 1 and rng.random() < 0.2 else s.ink
+    colour = s.accent if look in ("colour", "tint", "rule", "upper") or (level == 1 and rng.random() < 0.2) else s.ink
     inks = [word(w, font) for w in label.split()]
     ink = set_text(inks, fits - 2 * pad, pitch, align)
     patches = []
@@ -150,9 +163,11 @@ def heading(rng: Rng, s: Style, width: int, room: int, level: int | None = None)
     patches.append(text_patch("Section-header", ink, colour, pad, pad // 2))
     high = ink.shape[0] + pad
     if look == "rule" and level == 0:
-        patches.append(Patch("", None, np.full((int(pick(rng, (1, 1, 2, 3))), width, 3), colour, np.uint8), 0, int(pick(rng, (0, high)))))
+        patches.append(
+            Patch("", None, np.full((pick(rng, (1, 1, 2, 3)), width, 3), colour, np.uint8), 0, pick(rng, (0, high)))
+        )
         high += 4
-    before = round(s.pitch * float(pick(rng, (0.4, 0.7, 1.0, 1.5)))) + s.gap // 2
+    before = round(s.pitch * pick(rng, (0.4, 0.7, 1.0, 1.5))) + s.gap // 2
     return Group(patches, high + (round(0.4 * s.pitch) if bar or rng.random() < 0.3 else 0), before)
 
 
@@ -163,7 +178,7 @@ def _mixed(colour: Colour, other: Colour, share: float) -> Colour:
 
 def mark_ink(rng: Rng, kind: str, place: int, font: Font) -> Ink:
     """Draws the mark of a list item into a line of its font."""
-    if kind in ("dot", "square", "ring", "dash", "arrow", "tick"):
+    if kind in ["dot", "square", "ring", "dash", "arrow", "tick"]:
         size = max(3, round(font.size * {"dot": 0.36, "square": 0.4, "ring": 0.4}.get(kind, 0.55)))
         ink = np.zeros((round(1.6 * font.size), size), np.uint8)
         middle = round(0.82 * font.size)
@@ -181,36 +196,60 @@ def mark_ink(rng: Rng, kind: str, place: int, font: Font) -> Ink:
         ink[top : top + size] = shape * np.uint8(255)
         return ink
     letters = "abcdefghijklmnopqrstuvwxyz"
-    romans = ("i", "ii", "iii", "iv", "v", "vi", "vii", "viii", "ix", "x")
-    return word(kind.format(n=place, a=letters[(place - 1) % 26], i=romans[(place - 1) % 10], A=letters[(place - 1) % 26].upper()), font)
+    romans = ["i", "ii", "iii", "iv", "v", "vi", "vii", "viii", "ix", "x"]
+    return word(
+        kind.format(
+            n=place, a=letters[(place - 1) % 26], i=romans[(place - 1) % 10], A=letters[(place - 1) % 26].upper()
+        ),
+        font,
+    )
 
 
-MARKS = ("dot", "dot", "dot", "dot", "square", "ring", "dash", "–", "arrow", "tick", "{n}.", "{n}.", "{n})", "({n})", "({a})", "{a})", "{a}.", "({i})", "{A}.", "[{n}]", "{n}")
+# fmt: off
+MARKS = (
+    "dot", "dot", "dot", "dot", "square", "ring", "dash", "–", "arrow", "tick", "{n}.", "{n}.", "{n})", "({n})",
+    "({a})", "{a})", "{a}.", "({i})", "{A}.", "[{n}]", "{n}",
+)
+# fmt: on
 
 
 def items(rng: Rng, s: Style, width: int, room: int, nest: bool = True) -> Group | None:
     """Draws a list, each item with its mark a block; at times a few of a second level below one."""
     kind, second = s.look["marks"] if rng.random() < 0.6 else pick(rng, MARKS), pick(rng, MARKS)
-    left = round(s.font.size * float(pick(rng, (0, 0, 1, 2, 3))))
-    hang = round(s.font.size * float(pick(rng, (1.2, 1.6, 2.0, 2.5)) if "{" not in kind else pick(rng, (1.8, 2.2, 3.0))))
-    gap = int(pick(rng, (0, 0, round(0.3 * s.pitch), s.gap, s.gap)))
-    length, short, colour = float(pick(rng, (0.5, 0.9, 1.6, 3.0))), rng.random() < (0.1 if s.look["pictures"] == "paper" else 0.35), pick(rng, (s.ink, s.ink, s.accent))
+    left = round(s.font.size * pick(rng, (0, 0, 1, 2, 3)))
+    hang = round(
+        s.font.size * float(pick(rng, (1.2, 1.6, 2.0, 2.5)) if "{" not in kind else pick(rng, (1.8, 2.2, 3.0)))
+    )
+    gap = pick(rng, (0, 0, round(0.3 * s.pitch), s.gap, s.gap))
+    length, short, colour = (
+        pick(rng, (0.5, 0.9, 1.6, 3.0)),
+        rng.random() < (0.1 if s.look["pictures"] == "paper" else 0.35),
+        pick(rng, (s.ink, s.ink, s.accent)),
+    )
     wrap = hang if rng.random() < 0.85 else 0
     groups: list[Group] = []
-    used, start, place = 0, int(pick(rng, (1, 1, 1, int(rng.integers(1, 20))))), 0
-    for _ in range(int(pick(rng, (1, 2, 3, 3, 4, 5, 6, 9)))):
+    used, start, place = 0, pick(rng, (1, 1, 1, int(rng.integers(1, 20)))), 0
+    for _ in range(pick(rng, (1, 2, 3, 3, 4, 5, 6, 9))):
         inner = nest and bool(groups) and rng.random() < 0.25
         x, marks = left + hang * inner, second if inner else kind
         place += not inner
         wide = width - x
-        size = words_for(s.font, wide, length * float(rng.uniform(0.3, 1.7)))
-        ink = set_text(prose(rng, s.voice, min(size, 6) if short else size, s.font), wide, round(s.pitch), s.align, hang, wrap).copy()
+        size = words_for(s.font, wide, length * rng.uniform(0.3, 1.7))
+        ink = set_text(
+            prose(rng, s.voice, min(size, 6) if short else size, s.font), wide, round(s.pitch), s.align, hang, wrap
+        ).copy()
         mark = mark_ink(rng, marks, start + place if not inner else int(rng.integers(1, 6)), s.font)[: ink.shape[0]]
         paste(ink, mark[:, : max(2, hang - 3)], 0, 0)
         if used + gap + ink.shape[0] > room:
             break
         used += gap + ink.shape[0]
-        groups.append(Group([text_patch("List-item", ink, s.ink if "{" in kind else colour if short else s.ink, x)], ink.shape[0], gap))
+        groups.append(
+            Group(
+                [text_patch("List-item", ink, s.ink if "{" in kind else colour if short else s.ink, x)],
+                ink.shape[0],
+                gap,
+            )
+        )
     if not groups:
         return None
     stacked = below(groups)
@@ -220,12 +259,14 @@ def items(rng: Rng, s: Style, width: int, room: int, nest: bool = True) -> Group
 def references(rng: Rng, s: Style, width: int, room: int) -> Group | None:
     """Draws entries of a bibliography, each a list item."""
     font = s.small._replace(italic=False)
-    kind, gap = pick(rng, ("[{}]", "{}.", "{}", "")), int(pick(rng, (0, 0, 2, 4)))
+    kind, gap = pick(rng, ("[{}]", "{}.", "{}", "")), pick(rng, (0, 0, 2, 4))
     hang, groups, used = round(font.size * (2.4 if kind else 1.2)), [], 0
     pitch, first, count = round(1.25 * font.size), int(rng.integers(1, 60)), int(rng.integers(3, 40))
     for i in range(count):
-        inks = prose(rng, s.voice, words_for(font, width - hang, float(rng.uniform(1, 3.5))), font)
-        inks[len(inks) // 2 :: 5] = [word(pick(rng, s.voice.rare), font._replace(italic=True)) for _ in inks[len(inks) // 2 :: 5]]
+        inks = prose(rng, s.voice, words_for(font, width - hang, rng.uniform(1, 3.5)), font)
+        inks[len(inks) // 2 :: 5] = [
+            word(pick(rng, s.voice.rare), font._replace(italic=True)) for _ in inks[len(inks) // 2 :: 5]
+        ]
         ink = set_text(inks, width, pitch, s.align, hang if kind else 0, hang).copy()
         if kind:
             paste(ink, word(kind.format(first + i), font), 0, 0)
@@ -239,12 +280,22 @@ def references(rng: Rng, s: Style, width: int, room: int) -> Group | None:
 def notes(rng: Rng, s: Style, width: int, count: int) -> Group:
     """Draws footnotes, mostly with raised marks and a rule above."""
     font, groups = s.small._replace(size=max(6.0, 0.92 * s.small.size), italic=False), []
-    kind, first, pitch = pick(rng, ("raised", "raised", "plain", "star")), int(rng.integers(1, 40)), round(1.22 * font.size)
+    kind, first, pitch = (
+        pick(rng, ("raised", "raised", "plain", "star")),
+        int(rng.integers(1, 40)),
+        round(1.22 * font.size),
+    )
     for i in range(count):
         label = {"star": "*" * (i + 1)}.get(kind, str(first + i))
-        tag = word(label, font._replace(size=0.7 * font.size), 0.35 * font.size, font.size) if kind == "raised" else word(label, font)
-        ink = set_text([tag, *prose(rng, s.voice, words_for(font, width, float(rng.uniform(0.4, 3.2))), font)], width, pitch, s.align)
-        groups.append(Group([text_patch("Footnote", ink, s.ink)], ink.shape[0], int(pick(rng, (0, 0, 2)))))
+        tag = (
+            word(label, font._replace(size=0.7 * font.size), 0.35 * font.size, font.size)
+            if kind == "raised"
+            else word(label, font)
+        )
+        ink = set_text(
+            [tag, *prose(rng, s.voice, words_for(font, width, rng.uniform(0.4, 3.2)), font)], width, pitch, s.align
+        )
+        groups.append(Group([text_patch("Footnote", ink, s.ink)], ink.shape[0], pick(rng, (0, 0, 2))))
     if rng.random() < 0.7:
         rule = np.full((1, int(width * pick(rng, (0.25, 0.4, 1.0))), 3), s.ink, np.uint8)
         groups.insert(0, Group([Patch("", None, rule, 0, 0)], 4))
@@ -257,8 +308,16 @@ def caption(rng: Rng, s: Style, width: int, name: str) -> Group:
     inks = []
     if rng.random() < 0.85:
         shown = {"upper": name.upper(), "short": name[:3] + "."}.get(s.look["name"], name)
-        inks = [word(w, lead) for w in (shown + " " + pick(rng, ("{}", "{}.{}", "{}", "A{}")).format(rng.integers(1, 20), rng.integers(1, 9)) + pick(rng, (".", ":", "", " –"))).split()]
-    length = float(pick(rng, (0.4, 0.8, 1.5, 3.0, 6.0)))
+        inks = [
+            word(w, lead)
+            for w in (
+                shown
+                + " "
+                + pick(rng, ("{}", "{}.{}", "{}", "A{}")).format(rng.integers(1, 20), rng.integers(1, 9))
+                + pick(rng, (".", ":", "", " –"))
+            ).split()
+        ]
+    length = pick(rng, (0.4, 0.8, 1.5, 3.0, 6.0))
     inks += prose(rng, s.voice, words_for(font, width, length * rng.uniform(0.6, 1.3)), font)
     pitch = round(1.25 * font.size)
     short = sum(ink.shape[1] + 3 for ink in inks) < width
@@ -271,7 +330,7 @@ PICTURES = {  # how likely each picture is
     "paper": {"chart": 5, "panels": 4, "micrograph": 1.5, "diagram": 1.5, "photo": 0.7, "map": 0.5, "sketch": 0.7},
     "report": {"chart": 5, "photo": 3, "diagram": 2, "map": 1, "screen": 0.7, "panels": 0.4, "logo": 0.3},
     "manual": {"screen": 3, "sketch": 3, "diagram": 3, "photo": 1.5, "chart": 0.6, "logo": 0.4},
-    "colourful": {"photo": 7, "chart": 1.2, "diagram": 0.8, "map": 0.6, "logo": 0.6},
+    "colour": {"photo": 7, "chart": 1.2, "diagram": 0.8, "map": 0.6, "logo": 0.6},
 }
 
 
@@ -279,73 +338,98 @@ def draw_picture(rng: Rng, s: Style, wide: int, high: int) -> Patch:
     """Draws a picture as they are on this kind of page."""
     chances = PICTURES[s.look["pictures"]]
     look = str(rng.choice(list(chances), p=np.array(list(chances.values())) / sum(chances.values())))
-    image = picture(rng, look, max(24, wide), max(24, high), s.paper, s.voice, pick(rng, (s.font.family, s.head.family)))
+    image = picture(
+        rng, look, max(24, wide), max(24, high), s.paper, s.voice, pick(rng, (s.font.family, s.head.family))
+    )
     return picture_patch("Picture", image, s.paper)
 
 
 def figure(rng: Rng, s: Style, width: int, room: int) -> Group | None:
     """Draws a picture, mostly with a caption below, above or beside it."""
-    wide = round(width * float(pick(rng, (1.0, 1.0, 1.0, 0.9, 0.75, 0.6))))
-    high = round(wide * float(rng.uniform(0.3, 1.1)))
+    wide = round(width * pick(rng, (1.0, 1.0, 1.0, 0.9, 0.75, 0.6)))
+    high = round(wide * rng.uniform(0.3, 1.1))
     high = min(high, round(0.85 * room))
-    place = pick(rng, ("below", "below", "below", "below", "above", "none", "beside"))
+    place = pick(rng, ["below", "below", "below", "below", "above", "none", "beside"])
     if high < 45:
         return None
-    gap = round(s.pitch * float(rng.uniform(0.5, 1.2)))
+    gap = round(s.pitch * rng.uniform(0.5, 1.2))
     if place == "beside" and width > 260:
-        wide = round(width * float(rng.uniform(0.4, 0.66)))
+        wide = round(width * rng.uniform(0.4, 0.66))
         side = caption(rng, s, width - wide - 12, "Figure")
         shot = draw_picture(rng, s, wide, max(min(high, wide), side.high))
         flip = rng.random() < 0.4
         patches = [shot._replace(x=shot.x + (width - wide) * flip)]
-        patches += moved(side, 0 if flip else wide + 12, int(pick(rng, (0, shot.size[0] - side.high))) if shot.size[0] > side.high else 0)
+        patches += moved(
+            side, 0 if flip else wide + 12, pick(rng, (0, shot.size[0] - side.high)) if shot.size[0] > side.high else 0
+        )
         return Group(patches, max(shot.y + shot.size[0], side.high), gap)
     shot = draw_picture(rng, s, wide, high)
     centred = Group([shot._replace(x=shot.x + (width - wide) // 2, y=0)], shot.size[0])
     if place == "none":
         return centred._replace(gap=gap)
     note = caption(rng, s, width if rng.random() < 0.7 else wide, "Figure")
-    space = round(s.pitch * float(pick(rng, (0.2, 0.4, 0.8))))
-    order = [note._replace(gap=gap), centred._replace(gap=space)] if place == "above" else [centred._replace(gap=gap), note._replace(gap=space)]
+    space = round(s.pitch * pick(rng, (0.2, 0.4, 0.8)))
+    order = (
+        [note._replace(gap=gap), centred._replace(gap=space)]
+        if place == "above"
+        else [centred._replace(gap=gap), note._replace(gap=space)]
+    )
     group = below(order)
     return group._replace(high=group.high + gap) if group.high <= room else None
 
 
 def table_picture(rng: Rng, s: Style, width: int, room: int) -> Picture:
     """Draws a table that fits: kinds of columns, wrapped cells, heads of several rows, rules, stripes, totals."""
-    font = s.small._replace(italic=False, size=s.small.size * float(pick(rng, (1.0, 1.0, 0.9, 1.1))))
-    pitch, pad = round(1.25 * font.size), int(pick(rng, (1, 2, 3, 5, 8)))
+    font = s.small._replace(italic=False, size=s.small.size * pick(rng, (1.0, 1.0, 0.9, 1.1)))
+    pitch, pad = round(1.25 * font.size), pick(rng, (1, 2, 3, 5, 8))
     look = s.look["table"] if rng.random() < 0.6 else pick(rng, TABLES)
     most = max(2, min(11, width // round(4.5 * font.size)))
     wordy = rng.random() < 0.35
     columns = min(most, int(rng.integers(2, 5 if wordy else 10)))
-    kinds = [pick(rng, ("prose", "prose", "name", "short")) if wordy else pick(rng, ("number", "number", "number", "short", "mark")) for _ in range(columns)]
-    kinds[0] = pick(rng, ("name", "name", "name", "short", "number"))
+    kinds = [
+        pick(rng, ("prose", "prose", "name", "short"))
+        if wordy
+        else pick(rng, ["number", "number", "number", "short", "mark"])
+        for _ in range(columns)
+    ]
+    kinds[0] = pick(rng, ["name", "name", "name", "short", "number"])
     weights = np.array([{"prose": 3.0, "name": 2.2, "short": 1.2, "mark": 0.7}.get(kind, 1.0) for kind in kinds])
     edges = np.r_[0, np.cumsum(weights / weights.sum() * width)].astype(int)
-    rows, heads = int(pick(rng, (rng.integers(2, 7), rng.integers(5, 16), rng.integers(10, 45)))), int(pick(rng, (1, 1, 1, 2, 0)))
-    forms = [pick(rng, ("{:.0f}", "{:.1f}", "{:.2f}", "{:,.0f}", "{:.1f}%", "{:.3f}", "{:.1f} ± {:.1f}", "{:,.0f}")) for _ in kinds]
-    scale = [10 ** float(rng.uniform(0.3, 4.5)) for _ in kinds]
-    aligns = [pick(rng, ("left", "left", "center")) if kind in ("prose", "name", "short") else pick(rng, ("right", "center", "center")) for kind in kinds]
+    rows, heads = pick(rng, (rng.integers(2, 7), rng.integers(5, 16), rng.integers(10, 45))), pick(rng, (1, 1, 1, 2, 0))
+    forms = [
+        pick(rng, ("{:.0f}", "{:.1f}", "{:.2f}", "{:,.0f}", "{:.1f}%", "{:.3f}", "{:.1f} ± {:.1f}", "{:,.0f}"))
+        for _ in kinds
+    ]
+    scale = [10 ** rng.uniform(0.3, 4.5) for _ in kinds]
+    aligns = [
+        pick(rng, ("left", "left", "center"))
+        if kind in ("prose", "name", "short")
+        else pick(rng, ("right", "center", "center"))
+        for kind in kinds
+    ]
     aligns[0] = "left" if kinds[0] == "name" else aligns[0]
     money, groups_of, total = rng.random() < 0.15, rng.random() < 0.25, rng.random() < 0.3
-    empty = float(pick(rng, (0, 0, 0.08, 0.3)))
+    empty = pick(rng, (0, 0, 0.08, 0.3))
     line: Colour = pick(rng, (s.ink, s.ink, (150, 150, 150), s.accent))
-    head_fill: Colour | None = {"headbar": s.accent, "shade": _mixed(s.accent, s.paper, 0.8), "stripes": pick(rng, (None, s.accent))}.get(look)
+    head_fill: Colour | None = {
+        "headbar": s.accent,
+        "shade": _mixed(s.accent, s.paper, 0.8),
+        "stripes": pick(rng, (None, s.accent)),
+    }.get(look)
     head_ink: Colour = (255, 255, 255) if head_fill and sum(head_fill) < 430 else s.ink
-    tint = _mixed(s.accent, s.paper, float(rng.uniform(0.82, 0.93)))
+    tint = _mixed(s.accent, s.paper, rng.uniform(0.82, 0.93))
     image = np.full((room + 2, width, 3), s.paper, np.uint8)
     y, y_rules, head_low = 1, [0], 0
     for row in range(heads + rows):
         is_head, is_last = row < heads, row == heads + rows - 1
         title = groups_of and not is_head and rng.random() < 0.15
-        bold = is_head and s.look["caption"] != "plain" or is_last and total or title
+        bold = (is_head and s.look["caption"] != "plain") or (is_last and total) or title
         cut = font._replace(bold=bold)
         cells: list[tuple[Ink, int, str]] = []
         spans = is_head and heads == 2 and row == 0
         for i, (kind, form) in enumerate(zip(kinds, forms, strict=True)):
             left, right, align = int(edges[i]), int(edges[i + 1]), aligns[i]
-            if title and i or rng.random() < empty * (i > 0 and not is_head):
+            if (title and i) or rng.random() < empty * (i > 0 and not is_head):
                 continue
             if spans:
                 if i % 2 == 0 and i:
@@ -354,13 +438,13 @@ def table_picture(rng: Rng, s: Style, width: int, room: int) -> Picture:
             if is_head or title:
                 content = phrase(rng, s.voice, 1, 2 + 2 * title) if i or title or rng.random() < 0.6 else ""
             elif kind == "prose":
-                content = phrase(rng, s.voice, 2, int(pick(rng, (4, 10, 25, 60))))
+                content = phrase(rng, s.voice, 2, pick(rng, (4, 10, 25, 60)))
             elif kind == "name":
-                content = phrase(rng, s.voice, 1, int(pick(rng, (2, 4, 7))))
+                content = phrase(rng, s.voice, 1, pick(rng, (2, 4, 7)))
             elif kind == "short":
                 content = phrase(rng, s.voice, 1, 1) if rng.random() < 0.6 else number(rng)
             elif kind == "mark":
-                content = pick(rng, ("–", "x", "+", "yes", "no", "n/a", "*"))
+                content = pick(rng, ["–", "x", "+", "yes", "no", "n/a", "*"])
             else:
                 value = scale[i] * float(rng.lognormal(0, 0.5))
                 content = form.format(value, value / 9)
@@ -368,11 +452,24 @@ def table_picture(rng: Rng, s: Style, width: int, room: int) -> Picture:
             if not content:
                 continue
             room_x = right - left - 2 * min(pad, 4) - 1
-            cells.append((set_text([word(w, cut)[:, : max(4, room_x)] for w in content.split()], max(8, room_x), pitch, align, most=8), left, align))
+            cells.append(
+                (
+                    set_text(
+                        [word(w, cut)[:, : max(4, room_x)] for w in content.split()],
+                        max(8, room_x),
+                        pitch,
+                        align,
+                        most=8,
+                    ),
+                    left,
+                    align,
+                )
+            )
         high = max([pitch, *(cell.shape[0] for cell, *_ in cells)]) + 2 * pad
         if y + high > room:
             break
-        fill = head_fill if is_head else tint if look == "stripes" and row % 2 or title and look == "shade" else None
+        tinted = (look == "stripes" and row % 2) or (title and look == "shade")
+        fill = head_fill if is_head else tint if tinted else None
         if fill:
             image[y : y + high, :] = fill
         for cell, left, _ in cells:
@@ -382,7 +479,15 @@ def table_picture(rng: Rng, s: Style, width: int, room: int) -> Picture:
         y_rules.append(y - 1)
         head_low = len(y_rules) - 1 if is_head else head_low
     image = image[: y + 1]
-    horizontal = {"grid": y_rules, "rows": y_rules, "book": [0, y_rules[head_low], y], "box": [0, y_rules[head_low], y], "shade": [y_rules[head_low], y], "headbar": [y], "open": [y_rules[head_low]]}.get(look, [])
+    horizontal = {
+        "grid": y_rules,
+        "rows": y_rules,
+        "book": [0, y_rules[head_low], y],
+        "box": [0, y_rules[head_low], y],
+        "shade": [y_rules[head_low], y],
+        "headbar": [y],
+        "open": [y_rules[head_low]],
+    }.get(look, [])
     for at in horizontal:
         image[min(at, y)] = line
     if look == "book" and rng.random() < 0.4:
@@ -394,7 +499,12 @@ def table_picture(rng: Rng, s: Style, width: int, room: int) -> Picture:
     return image
 
 
-TABLES = ("grid", "grid", "book", "book", "book", "rows", "rows", "stripes", "headbar", "shade", "box", "open", "none", "none")
+# fmt: off
+TABLES = (
+    "grid", "grid", "book", "book", "book", "rows", "rows", "stripes", "headbar", "shade", "box", "open", "none",
+    "none",
+)
+# fmt: on
 
 
 def blend(image: Picture, ink: Ink, colour: Colour, x: int, y: int) -> None:
@@ -413,17 +523,24 @@ def tabular(rng: Rng, s: Style, width: int, room: int) -> Group | None:
     """Draws a table, mostly with a caption above or below it, at times with notes below."""
     if room < 6 * s.pitch:
         return None
-    wide = round(width * float(pick(rng, (1.0, 1.0, 1.0, 0.85, 0.65))))
-    gap, note = round(s.pitch * float(rng.uniform(0.5, 1.3))), caption(rng, s, width if rng.random() < 0.7 else wide, "Table")
-    place = pick(rng, ("above", "above", "above", "below", "none", "none"))
+    wide = round(width * pick(rng, (1.0, 1.0, 1.0, 0.85, 0.65)))
+    gap, note = round(s.pitch * rng.uniform(0.5, 1.3)), caption(rng, s, width if rng.random() < 0.7 else wide, "Table")
+    place = pick(rng, ["above", "above", "above", "below", "none", "none"])
     free = room - gap - (note.high + 14 if place != "none" else 0)
     if free < 4 * s.pitch:
         return None
     maker = pick(rng, (table_picture,) * 12 + (form_picture,)) if s.look["pictures"] != "paper" else table_picture
     patch = picture_patch("Table", maker(rng, s, wide, int(free)), s.paper)
-    body = Group([patch._replace(x=patch.x + (width - wide) // 2 * (s.look["heading"] == "centre" or rng.random() < 0.4), y=0)], patch.size[0], gap)
-    space = round(s.pitch * float(pick(rng, (0.2, 0.4, 0.7))))
-    order = {"above": [note._replace(gap=gap), body._replace(gap=space)], "below": [body, note._replace(gap=space)]}.get(place, [body])
+    body = Group(
+        [patch._replace(x=patch.x + (width - wide) // 2 * (s.look["heading"] == "centre" or rng.random() < 0.4), y=0)],
+        patch.size[0],
+        gap,
+    )
+    space = round(s.pitch * pick(rng, (0.2, 0.4, 0.7)))
+    order = {
+        "above": [note._replace(gap=gap), body._replace(gap=space)],
+        "below": [body, note._replace(gap=space)],
+    }.get(place, [body])
     if rng.random() < 0.3:
         small = s._replace(small=s.small._replace(size=max(6.0, 0.9 * s.small.size)))
         under = notes(rng, small, wide, int(rng.integers(1, 4)))
@@ -439,22 +556,40 @@ def form_picture(rng: Rng, s: Style, width: int, room: int) -> Picture:
     font, fill = s.small._replace(size=max(6.5, 0.8 * s.small.size), italic=False), rng.random()
     image, y, line = np.full((room + 2, width, 3), s.paper, np.uint8), 0, pick(rng, (s.ink, (120, 120, 120), s.accent))
     for _ in range(int(rng.integers(3, 14))):
-        high = round(font.size * float(rng.uniform(2, 4.5)))
+        high = round(font.size * rng.uniform(2, 4.5))
         if y + high > room:
             break
         cells = int(rng.integers(1, 5))
         edges = np.r_[0, np.sort(rng.uniform(0.15, 0.85, cells - 1)) * width, width - 1].astype(int)
         if rng.random() < 0.12:
             image[y : y + high] = _mixed(s.accent, s.paper, 0.8)
-        for left, right in zip(edges[:-1], edges[1:], strict=True):
-            blend(image, word(phrase(rng, s.voice, 1, 3), font)[:, : max(2, right - left - 6)], s.ink, int(left) + 4, y + 1)
+        for left, right in pairwise(edges):
+            blend(
+                image,
+                word(phrase(rng, s.voice, 1, 3), font)[:, : max(2, right - left - 6)],
+                s.ink,
+                int(left) + 4,
+                y + 1,
+            )
             if rng.random() < 0.7 * fill:
-                blend(image, word(phrase(rng, s.voice, 1, 2), s.font)[:, : max(2, right - left - 10)], s.ink, int(left) + 8, y + round(1.3 * font.size))
+                blend(
+                    image,
+                    word(phrase(rng, s.voice, 1, 2), s.font)[:, : max(2, right - left - 10)],
+                    s.ink,
+                    int(left) + 8,
+                    y + round(1.3 * font.size),
+                )
             elif rng.random() < 0.3:
                 for x in range(int(left) + 6, int(right) - 50, 60):
                     image[y + high - 10 : y + high - 2, x : x + 8] = s.ink
                     image[y + high - 9 : y + high - 3, x + 1 : x + 7] = s.paper
-                    blend(image, word(pick(rng, ("yes", "no", "other")), font), s.ink, x + 12, y + high - round(1.5 * font.size))
+                    blend(
+                        image,
+                        word(pick(rng, ("yes", "no", "other")), font),
+                        s.ink,
+                        x + 12,
+                        y + high - round(1.5 * font.size),
+                    )
             image[y : y + high, int(left)] = line
         image[y : y + high, -1] = line
         image[y] = line
@@ -465,14 +600,18 @@ def form_picture(rng: Rng, s: Style, width: int, room: int) -> Picture:
 
 def contents(rng: Rng, s: Style, width: int, room: int) -> Group | None:
     """Draws a table of contents: names, leaders and page numbers."""
-    leaders, numbered, spread = pick(rng, (".", ". ", "", " .")), rng.random() < 0.6, s.pitch * float(pick(rng, (1.0, 1.3, 1.7)))
+    leaders, numbered, spread = (
+        pick(rng, (".", ". ", "", " .")),
+        rng.random() < 0.6,
+        s.pitch * pick(rng, (1.0, 1.3, 1.7)),
+    )
     rows, place = int(rng.integers(6, 45)), 1
     rows = min(rows, int(room / spread))
     if rows < 4:
         return None
     ink = np.zeros((round(rows * spread + s.pitch), width), np.uint8)
     for row in range(rows):
-        level, place, y = int(pick(rng, (0, 0, 1, 1, 2))), place + int(rng.integers(0, 9)), round(row * spread)
+        level, place, y = pick(rng, (0, 0, 1, 1, 2)), place + int(rng.integers(0, 9)), round(row * spread)
         font = s.font._replace(bold=level == 0 and s.look["caption"] != "plain")
         name = word((f"{row + 1}. " if numbered else "") + phrase(rng, s.voice, 1, 7), font)[:, : round(0.8 * width)]
         page, x = word(str(place), font), round(level * 1.5 * s.font.size)
@@ -485,26 +624,32 @@ def contents(rng: Rng, s: Style, width: int, room: int) -> Group | None:
     return Group([text_patch("Table", ink, s.ink)], ink.shape[0], s.gap)
 
 
-MATH = ("α", "β", "γ", "λ", "μ", "σ", "φ", "ω", "∂", "Δ", "Ω", "x", "y", "z", "f", "p", "q", "n", "k", "u", "v", "H", "N", "P", "A", "T", "E", "g", "t")
+# fmt: off
+MATH = (
+    "α", "β", "γ", "λ", "μ", "σ", "φ", "ω", "∂", "Δ", "Ω", "x", "y", "z", "f", "p", "q", "n", "k", "u", "v", "H", "N",
+    "P", "A", "T", "E", "g", "t",
+)
+# fmt: on
 
 
 def formula(rng: Rng, s: Style, width: int, room: int) -> Group | None:
     """Draws a displayed formula of one to three lines, mostly with its number, which belongs to its box."""
-    size = s.font.size * float(rng.uniform(1.0, 1.2))
+    size = s.font.size * rng.uniform(1.0, 1.2)
     plain = Font("STIX", size) if "STIX" in families() else s.font
-    italic, rows = plain._replace(italic=True), int(pick(rng, (1, 1, 1, 2, 3)))
+    italic, rows = plain._replace(italic=True), pick(rng, (1, 1, 1, 2, 3))
     step = round(3.4 * size)
     if step * rows > room:
         return None
     ink = np.zeros((step * rows, width), np.uint8)
-    start, goal = round(width * float(rng.uniform(0.02, 0.3))), width * float(rng.uniform(0.35, 0.85))
+    start, goal = round(width * rng.uniform(0.02, 0.3)), width * rng.uniform(0.35, 0.85)
     for row in range(rows):
         axis, x = row * step + step // 2, start + row * round(size)
         for k in range(30):
             x = _term(rng, ink, x, axis, plain, italic)
             if x > goal:
                 break
-            paste(ink, word(pick(rng, ("=", "+", "−", "=", "+", "≤", "·")) if k else "=", plain), x + 3, axis - round(0.85 * size))
+            sign = pick(rng, "=+−=+≤·") if k else "="
+            paste(ink, word(sign, plain), x + 3, axis - round(0.85 * size))
             x += round(1.1 * size) + 3
     if rng.random() < 0.65:
         tag = word(f"({rng.integers(1, 40)})", s.font)
@@ -532,7 +677,9 @@ def _term(rng: Rng, ink: Ink, x: int, axis: int, plain: Font, italic: Font) -> i
         put(under, x + (wide - word(under, italic).shape[1]) // 2, axis + 0.85 * size, italic)
         return x + wide + 2
     if look < 0.42:
-        end = put(pick(rng, ("∑", "∑", "∫", "∏") if plain.family == "STIX" else "S"), x, axis, plain._replace(size=1.7 * size))
+        end = put(
+            pick(rng, ("∑", "∑", "∫", "∏") if plain.family == "STIX" else "S"), x, axis, plain._replace(size=1.7 * size)
+        )
         put("i=1", x, axis + 1.3 * size, small)
         put(pick(rng, ("N", "n", "K")), x + 2, axis - 1.2 * size, small)
         return put(product(), end + 2, axis, italic)
@@ -540,11 +687,15 @@ def _term(rng: Rng, ink: Ink, x: int, axis: int, plain: Font, italic: Font) -> i
         end = put(product(), put(pick(rng, "([|"), x, axis, plain), axis, italic)
         return put(pick(rng, ")]|"), end, axis, plain)
     if look < 0.62:
-        end = put(pick(rng, ("exp", "log", "sin", "max", "Pr", "min")), x, axis, plain)
+        end = put(pick(rng, ["exp", "log", "sin", "max", "Pr", "min"]), x, axis, plain)
         return put(f"({product()})", end, axis, italic)
     end = put(product()[0], x, axis, italic)
-    put(pick(rng, ("2", "i", "n", "*", "k")), end, axis - 0.45 * size, small)
-    return put(pick(rng, ("i", "ij", "0", "max", "t")), end, axis + 0.35 * size, small) if rng.random() < 0.6 else end + round(0.5 * size)
+    put(pick(rng, ["2", "i", "n", "*", "k"]), end, axis - 0.45 * size, small)
+    return (
+        put(pick(rng, ["i", "ij", "0", "max", "t"]), end, axis + 0.35 * size, small)
+        if rng.random() < 0.6
+        else end + round(0.5 * size)
+    )
 
 
 def code(rng: Rng, s: Style, width: int, room: int) -> Group | None:
@@ -556,12 +707,15 @@ def code(rng: Rng, s: Style, width: int, room: int) -> Group | None:
     ink, level = np.zeros((lines * pitch + pitch // 2, width - 12), np.uint8), 0
     for row in range(lines):
         level = max(0, level + int(rng.integers(-1, 2)))
-        text_line = "  " * level + pick(rng, ("{} = {}({})", "if {} > {}:", "return {}.{}", "# {} {} {}", "{}({}, {})", "for {} in {}:", "{{ {}; }}"))
+        text_line = "  " * level + pick(
+            rng,
+            ("{} = {}({})", "if {} > {}:", "return {}.{}", "# {} {} {}", "{}({}, {})", "for {} in {}:", "{{ {}; }}"),
+        )
         drawn = word(text_line.format(*(pick(rng, s.voice.rare) for _ in range(3))), s.mono)
         paste(ink, drawn, round(level * 1.2 * s.mono.size), row * pitch)
     patches = [text_patch("Text", ink, s.ink, 6, 4)]
     if rng.random() < 0.5:
-        back = np.full((ink.shape[0] + 8, width, 3), _mixed(s.ink, s.paper, float(rng.uniform(0.86, 0.95))), np.uint8)
+        back = np.full((ink.shape[0] + 8, width, 3), _mixed(s.ink, s.paper, rng.uniform(0.86, 0.95)), np.uint8)
         patches.insert(0, Patch("", None, back, 0, 0))
     return Group(patches, ink.shape[0] + 8, s.gap)
 
@@ -569,15 +723,32 @@ def code(rng: Rng, s: Style, width: int, room: int) -> Group | None:
 def quote(rng: Rng, s: Style, width: int, room: int) -> Group | None:
     """Draws a quotation: inset, large, in colour or between rules."""
     large = rng.random() < 0.5
-    font = s.head._replace(size=s.font.size * 1.5, bold=False, italic=True) if large else s.font._replace(size=0.95 * s.font.size)
-    inset = round(width * float(rng.uniform(0.04, 0.14)))
-    group = text(rng, s, width - inset, float(rng.uniform(2, 6)), font=font, x=inset, align="left" if large else s.align, colour=s.accent if large else s.ink)
+    font = (
+        s.head._replace(size=s.font.size * 1.5, bold=False, italic=True)
+        if large
+        else s.font._replace(size=0.95 * s.font.size)
+    )
+    inset = round(width * rng.uniform(0.04, 0.14))
+    group = text(
+        rng,
+        s,
+        width - inset,
+        rng.uniform(2, 6),
+        font=font,
+        x=inset,
+        align="left" if large else s.align,
+        colour=s.accent if large else s.ink,
+    )
     if group.high > room:
         return None
     gap = round(0.8 * s.pitch)
     patches = list(group.patches)
     if rng.random() < 0.4:
-        rule = np.full((group.high, 3, 3), s.accent, np.uint8) if rng.random() < 0.5 else np.full((1, width, 3), s.accent, np.uint8)
+        rule = (
+            np.full((group.high, 3, 3), s.accent, np.uint8)
+            if rng.random() < 0.5
+            else np.full((1, width, 3), s.accent, np.uint8)
+        )
         patches.append(Patch("", None, rule, max(0, inset - 8), 0))
     return Group(patches, group.high + gap, gap)
 
@@ -595,10 +766,13 @@ def aside(rng: Rng, s: Style, width: int, room: int) -> Group | None:
     if room < 12 * s.pitch or width < 110:
         return None
     inverted, pad = rng.random() < 0.25, round(s.font.size)
-    back = s.accent if inverted else _mixed(s.accent, s.paper, float(rng.uniform(0.78, 0.94)))
+    back = s.accent if inverted else _mixed(s.accent, s.paper, rng.uniform(0.78, 0.94))
     inner = on_ground(s, back)
-    parts, left = [], min(room, round(s.pitch * float(rng.uniform(10, 26)))) - 2 * pad
-    for writer in (heading, *rng.permutation(np.array([paragraph, paragraph, paragraph, items], object))[: int(rng.integers(1, 4))]):
+    parts, left = [], min(room, round(s.pitch * rng.uniform(10, 26))) - 2 * pad
+    for writer in (
+        heading,
+        *rng.permutation(np.array([paragraph, paragraph, paragraph, items], object))[: int(rng.integers(1, 4))],
+    ):
         part = writer(rng, inner, width - 2 * pad, left)
         if part and part.high + part.gap <= left:
             parts.append(part)
@@ -618,7 +792,7 @@ def aside(rng: Rng, s: Style, width: int, room: int) -> Group | None:
 
 def fields(rng: Rng, s: Style, width: int, room: int) -> Group | None:
     """Draws lines of names and values, or names and rules to write on, each a text."""
-    count, gap, tab = int(rng.integers(2, 8)), int(pick(rng, (0, 2, 5, 9))), round(width * float(rng.uniform(0.2, 0.45)))
+    count, gap, tab = int(rng.integers(2, 8)), pick(rng, (0, 2, 5, 9)), round(width * rng.uniform(0.2, 0.45))
     blank, groups = rng.random() < 0.4, []
     for _ in range(count):
         name = word(phrase(rng, s.voice, 1, 3) + ":", s.font._replace(bold=rng.random() < 0.5))[:, : tab - 4]
