@@ -55,7 +55,7 @@ def _require(holds: bool, key: str, what: str, found: Any) -> None:
 class BackboneConfig(Section):
     name: str = "convnext_large.dinov3_lvd1689m"  # any timm model with `features_only` and the strides, or 16 alone
     pretrained: bool = True  # timm's weights; they carry their own licence
-    weights: str = ""  # those weights as a local file, for machines without network
+    weights: str = ""  # those weights as a local file, or package:NAME/FILE of an installed package
     checkpointing: bool = False  # trade time for memory: recompute the activations in the backward pass
 
 
