@@ -55,7 +55,7 @@ def _require(holds: bool, key: str, what: str, found: Any) -> None:
 class BackboneConfig(Section):
     name: str = "convnext_large.dinov3_lvd1689m"  # any timm model with `features_only` and the strides, or 16 alone
     pretrained: bool = True  # timm's weights; they carry their own licence
-    weights: str = ""  # those weights as a local file, for machines without network
+    weights: str = ""  # those weights as a local file, or package:NAME/FILE of an installed package
     checkpointing: bool = False  # trade time for memory: recompute the activations in the backward pass
 
 
@@ -187,6 +187,7 @@ class PagesConfig(Section):
     annotations: str = ""  # COCO json
     synthetic: Whole = 0  # pages of the embedded data set; used only where no annotations are named
     synthetic_seed: Whole = 0  # pages of different seeds have nothing in common
+    synthetic_style: Literal["plain", "documents"] = "plain"  # documents look like real ones, of many kinds
 
 
 class AugmentConfig(Section):

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from dfine.config import ConfigError, PagesConfig
-from dfine.data.synthetic.pages import CATEGORIES, coco_dict, draw_page, page_size
+from dfine.data.synthetic.pages import CATEGORIES, coco_dict
+from dfine.data.synthetic.styles import STYLES
 from dfine.data.transforms import PageError, have_an_area, read_page
 
 
@@ -89,26 +90,27 @@ class CocoPages:
 
 
 class SyntheticPages:
-    """Drawn pages of `dfine.synthetic`; page i is the same as in a folder written with the same seed."""
+    """Drawn pages of `dfine.synthetic`; page i is the same as in a folder written with the same seed and style."""
 
-    def __init__(self, pages: int, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, pages: int, seed: int, style: str = "plain") -> None:
+        self.seed, self.style = seed, style
+        page_size, self.draw = STYLES[style]
         self.truth: dict[str, Any] = {}
         self.categories = [{"id": c["id"], "name": c["name"]} for c in CATEGORIES]
         self.ids = list(range(pages))
         self.sizes = [page_size(seed, i)[::-1] for i in range(pages)]
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        page, labels, xywh = draw_page(self.seed, index)
+        page, labels, xywh = self.draw(self.seed, index)
         return page, labels, np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
 
     def ground_truth(self) -> dict[str, Any]:
         if not self.truth:  # drawing takes a moment: once, at the first evaluation
-            self.truth = coco_dict(self.seed, len(self.ids))
+            self.truth = coco_dict(self.seed, len(self.ids), self.draw)
         return self.truth
 
     def summary(self) -> str:
-        return f"{len(self.ids)} drawn pages of seed {self.seed}"
+        return f"{len(self.ids)} drawn pages of seed {self.seed}, {self.style}"
 
 
 def on_page(annotations: list[dict[str, Any]], sizes: np.ndarray) -> np.ndarray:
@@ -218,4 +220,4 @@ def open_source(pages: PagesConfig, key: str) -> Source:
         raise ConfigError(f"{key}.annotations: name the COCO json of {pages.images}")
     if pages.synthetic < 1:
         raise ConfigError(f"{key}: name images and annotations (or a number of synthetic pages)")
-    return SyntheticPages(pages.synthetic, pages.synthetic_seed)
+    return SyntheticPages(pages.synthetic, pages.synthetic_seed, pages.synthetic_style)

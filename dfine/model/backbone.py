@@ -3,16 +3,21 @@
 import difflib
 import inspect
 import math
+import warnings
+from importlib import resources
 from typing import Any
 
 import timm
 import torch
 from timm.layers import Format, is_fast_norm, set_fast_norm
+from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from dfine.config import BackboneConfig, ConfigError
 from dfine.model.cpu_kernels import faster_depthwise
 from dfine.model.pyramid import SOURCE
+
+PACKAGE = "package:"  # weights=package:NAME/FILE is a file inside an installed package
 
 
 class Backbone(nn.Module):
@@ -79,16 +84,40 @@ class Backbone(nn.Module):
 
 
 def _create(config: BackboneConfig, **kwargs: Any) -> Any:
-    if config.weights:
-        kwargs["pretrained_cfg_overlay"] = {"file": config.weights}
     others = is_fast_norm()
     set_fast_norm()  # under autocast timm's layer norms read and write bf16, and compute in fp32 all the same
     try:
+        if config.pretrained and config.weights:
+            kwargs["pretrained_cfg_overlay"] = {"state_dict": _read_weights(config)}
         return timm.create_model(config.name, pretrained=config.pretrained, features_only=True, **kwargs)
     except Exception as error:
         raise ConfigError(_advice(config, error)) from error
     finally:
         set_fast_norm(others)  # as it was for models other than this one
+
+
+def _read_weights(config: BackboneConfig) -> dict[str, Tensor]:
+    """The tensors of `weights` by timm's names.
+
+    A file with none of timm's names is of another implementation. It fits if in the same order all its tensors have the
+    same shapes and the same last part of the name (weight, bias, running_mean, ...).
+    """
+    name = config.weights
+    if name.startswith(PACKAGE):
+        package, _, inside = name.removeprefix(PACKAGE).partition("/")
+        with resources.as_file(resources.files(package) / inside) as file:
+            state = load_state_dict(file)
+    else:
+        state = load_state_dict(name)
+    own = timm.create_model(config.name).state_dict()
+    if own.keys() & state.keys() or [_kind(*item) for item in own.items()] != [_kind(*item) for item in state.items()]:
+        return state
+    warnings.warn(f"{name}: none of its names are timm's; its {len(own)} tensors fit in order", stacklevel=2)
+    return dict(zip(own, state.values(), strict=True))
+
+
+def _kind(name: str, tensor: Tensor) -> tuple[str, torch.Size]:
+    return name.rpartition(".")[2], tensor.shape
 
 
 def _create_plain(config: BackboneConfig, body: Any, strides: tuple[int, ...]) -> Any:

@@ -5,19 +5,23 @@ import copy
 import pytest
 import timm
 import torch
+from timm.layers import Conv2dSame
 from tiny import shaken
 from torch import Tensor, nn
 
-from dfine.model.cpu_kernels import DepthwiseConv2d, faster_depthwise
+from dfine.model.cpu_kernels import DepthwiseConv2d, DepthwiseConv2dSame, faster_depthwise
 
 
-def pair(kernel: int = 7, **kwargs: bool) -> tuple[nn.Conv2d, DepthwiseConv2d]:
-    """torch's convolution and ours with the same weights, in float64."""
+def pair(
+    kernel: int = 7, stride: int = 1, same: bool = False, **kwargs: bool
+) -> tuple[nn.Conv2d, DepthwiseConv2d | DepthwiseConv2dSame]:
+    """torch's convolution, or timm's with TensorFlow's padding, and ours with the same weights, in float64."""
     torch.manual_seed(0)
-    theirs = nn.Conv2d(4, 4, kernel, padding=kernel // 2, groups=4, dtype=torch.float64, **kwargs)
+    kind, padding = (Conv2dSame, 0) if same else (nn.Conv2d, kernel // 2)
+    theirs = kind(4, 4, kernel, stride, padding, groups=4, dtype=torch.float64, **kwargs)
     ours = copy.deepcopy(theirs)
     faster_depthwise(nn.Sequential(ours))
-    assert isinstance(ours, DepthwiseConv2d)
+    assert type(ours) is (DepthwiseConv2dSame if same else DepthwiseConv2d)
     return theirs, ours
 
 
@@ -29,21 +33,25 @@ def gradients(conv: nn.Conv2d, x: Tensor) -> list[Tensor]:
     return [y.detach(), *(tensor.grad for tensor in (x, *conv.parameters()) if tensor.grad is not None)]
 
 
-@pytest.mark.parametrize("kernel", [5, 7])
+@pytest.mark.parametrize(("kernel", "stride", "same"), [(5, 1, False), (7, 1, False), (5, 2, False), (5, 2, True)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_answer_and_gradients_are_those_of_torch(kernel: int, bias: bool, memory_format: torch.memory_format):
-    theirs, ours = pair(kernel, bias=bias)
+def test_answer_and_gradients_are_those_of_torch(
+    kernel: int, stride: int, same: bool, bias: bool, memory_format: torch.memory_format
+):
+    theirs, ours = pair(kernel, stride, same, bias=bias)
     x = torch.randn(3, 4, 6, 9, dtype=torch.float64).to(memory_format=memory_format)
     expected, actual = gradients(theirs, x), gradients(ours, x)
     assert len(actual) == len(expected) == 3 + bias
     torch.testing.assert_close(actual, expected)
 
 
-def test_in_half_precision_the_gradients_are_nearly_those_in_full():
+@pytest.mark.parametrize(("kernel", "stride", "same"), [(7, 1, False), (5, 2, False), (5, 2, True), (5, 3, False)])
+@pytest.mark.parametrize("side", [15, 16])
+def test_in_half_precision_the_gradients_are_nearly_those_in_full(kernel: int, stride: int, same: bool, side: int):
     """Everything passed through bf16, and yet the weights and their gradients are float32."""
-    theirs, ours = (conv.float() for conv in pair())
-    x = torch.randn(2, 4, 16, 16)
+    theirs, ours = (conv.float() for conv in pair(kernel, stride, same))
+    x = torch.randn(2, 4, side, 16)
     expected = gradients(theirs, x)
     with torch.autocast("cpu", torch.bfloat16):
         actual = gradients(ours, x)
@@ -59,15 +67,15 @@ def test_frozen_weights_get_no_gradient_and_the_input_does():
     torch.testing.assert_close(gradients(ours.requires_grad_(False), x), expected)
 
 
-def test_only_large_depthwise_kernels_of_stride_one_are_replaced():
+def test_only_large_depthwise_kernels_are_replaced():
     def conv(*, groups: int = 4, kernel: int = 7, stride: int = 1, dilation: int = 1, mode: str = "zeros") -> nn.Conv2d:
         return nn.Conv2d(4, 4, kernel, stride, 3, dilation, groups, padding_mode=mode)
 
-    replaced = conv()
-    kept = [conv(groups=1), conv(groups=2), conv(kernel=3), conv(stride=2), conv(dilation=2), conv(mode="reflect")]
-    model = nn.Sequential(replaced, *kept, nn.Conv2d(4, 8, 7, groups=4), nn.Conv2d(4, 4, 7, padding="same", groups=4))
+    replaced = [conv(), conv(stride=2)]
+    kept = [conv(groups=1), conv(groups=2), conv(kernel=3), conv(dilation=2), conv(mode="reflect")]
+    model = nn.Sequential(*replaced, *kept, nn.Conv2d(4, 8, 7, groups=4), nn.Conv2d(4, 4, 7, padding="same", groups=4))
     faster_depthwise(model)
-    assert [isinstance(module, DepthwiseConv2d) for module in model] == [True] + [False] * 8
+    assert [isinstance(module, DepthwiseConv2d) for module in model] == [True] * 2 + [False] * 7
 
 
 def test_a_convnext_keeps_the_names_of_its_weights_and_its_gradients():

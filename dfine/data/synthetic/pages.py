@@ -9,7 +9,10 @@ training and validation different seeds and they share no page.
 
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,7 @@ CATEGORIES: list[dict[str, Any]] = [{"id": i, "name": name} for i, name in enume
 
 Drawn = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.float64]]  # image, labels, boxes
 Coco = dict[str, list[dict[str, Any]]]
+Draw = Callable[[int, int], Drawn]  # from (seed, index)
 
 WRITERS: dict[str, Callable[[Rng, Style, int, int], list[Block]]] = {
     "text": paragraph,
@@ -221,31 +225,41 @@ def draw_page(seed: int, index: int) -> Drawn:
     return image, np.array(page.labels, np.int64), np.array(page.boxes, np.float64).reshape(-1, 4)
 
 
-def _add_page(data: Coco, page: Drawn) -> str:
-    """Adds a page to a COCO data set and returns its file name."""
+def _add_page(data: Coco, index: int, page: Drawn) -> None:
+    """Adds a page to a COCO data set."""
     image, labels, boxes = page
-    index, (height, width) = len(data["images"]), image.shape[:2]
-    name = f"{index:06d}.png"
-    data["images"].append({"id": index, "file_name": name, "width": width, "height": height})
+    height, width = image.shape[:2]
+    data["images"].append({"id": index, "file_name": f"{index:06d}.png", "width": width, "height": height})
     for label, box in zip(labels.tolist(), boxes.tolist(), strict=True):
         entry = {"id": len(data["annotations"]) + 1, "image_id": index, "category_id": label + 1}
         data["annotations"].append({**entry, "bbox": box, "area": box[2] * box[3], "iscrowd": 0})
-    return name
 
 
-def coco_dict(seed: int, pages: int) -> Coco:
+def coco_dict(seed: int, pages: int, draw: Draw = draw_page) -> Coco:
     """Returns the first `pages` pages of `seed` as a COCO data set; the id of an image is its index."""
     data: Coco = {"images": [], "annotations": [], "categories": CATEGORIES}
     for index in range(pages):
-        _add_page(data, draw_page(seed, index))
+        _add_page(data, index, draw(seed, index))
     return data
 
 
-def write_folder(out: Path, seed: int, pages: int) -> None:
-    """Writes the pages of `coco_dict` to `out`/annotations.json and, lossless, `out`/images/NNNNNN.png."""
+def write_folder(out: Path, seed: int, pages: int, draw: Draw = draw_page, workers: int = 1) -> None:
+    """Writes the pages of `coco_dict` to `out`/annotations.json and, lossless, `out`/images/NNNNNN.png.
+
+    More than one worker: so many processes draw.
+    """
     (out / "images").mkdir(parents=True, exist_ok=True)
     data: Coco = {"images": [], "annotations": [], "categories": CATEGORIES}
-    for index in tqdm(range(pages), "drawing", unit="page", disable=None):
-        page = draw_page(seed, index)
-        Image.fromarray(page[0]).save(out / "images" / _add_page(data, page))
+    write = partial(_write_page, out / "images", draw, seed)
+    with ProcessPoolExecutor(workers) if workers > 1 else nullcontext() as pool:
+        drawn = pool.map(write, range(pages), chunksize=8) if pool else map(write, range(pages))
+        for index, page in enumerate(tqdm(drawn, "drawing", pages, unit="page", disable=None)):
+            _add_page(data, index, page)
     (out / "annotations.json").write_text(json.dumps(data))
+
+
+def _write_page(folder: Path, draw: Draw, seed: int, index: int) -> Drawn:
+    """Draws a page into the folder; what comes back has the size of the image only, which is cheap to send."""
+    image, labels, boxes = draw(seed, index)
+    Image.fromarray(image).save(folder / f"{index:06d}.png")
+    return np.broadcast_to(np.uint8(0), image.shape), labels, boxes
