@@ -106,7 +106,7 @@ def _read_weights(config: BackboneConfig) -> dict[str, Tensor]:
     if name.startswith(PACKAGE):
         package, _, inside = name.removeprefix(PACKAGE).partition("/")
         with resources.as_file(resources.files(package) / inside) as file:
-            state = load_state_dict(file)
+            state = load_state_dict(str(file))
     else:
         state = load_state_dict(name)
     own = timm.create_model(config.name).state_dict()

@@ -55,12 +55,13 @@ def between_cells(location: Tensor, cells: Tensor) -> tuple[Tensor, Tensor, Tens
 def faster_depthwise(model: nn.Module) -> None:
     """Turns those convolutions of a model into a `DepthwiseConv2d` for which that is the same and faster."""
     for conv in model.modules():
-        faster = FASTER.get(type(conv))
-        if faster is not None and conv.weight.shape[1] == 1 and min(conv.kernel_size) > 3:
+        if not isinstance(conv, nn.Conv2d) or type(conv) not in FASTER:
+            continue
+        if conv.weight.shape[1] == 1 and min(conv.kernel_size) > 3:
             same = (conv.dilation, conv.padding_mode, conv.groups)
             square = conv.stride[0] == conv.stride[1]
             if square and same == ((1, 1), "zeros", conv.out_channels) and isinstance(conv.padding, tuple):
-                conv.__class__ = faster  # weights and all else stay as they are
+                conv.__class__ = FASTER[type(conv)]  # weights and all else stay as they are
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -78,7 +79,7 @@ class DepthwiseConv2dSame(Conv2dSame):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu":
             return super().forward(x)
-        x = pad_same(x, self.kernel_size, self.stride, self.dilation)
+        x = pad_same(x, [*self.kernel_size], [*self.stride], [*self.dilation])
         return DepthwiseConvolution.apply(x, self.weight, self.bias, self.stride[0], (0, 0))
 
 
