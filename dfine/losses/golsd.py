@@ -28,10 +28,10 @@ def union(matches: Matches, queries: int, last: int) -> Matches:
     votes = torch.zeros(len(pair)).index_add(0, which, vote)
     order = votes.argsort(descending=True, stable=True)
     order = order[(pair[order] // boxes).argsort(stable=True)]  # each query's pairs together, most votes first
-    place, target = pair[order] // boxes, pair[order] % boxes
-    best = torch.ones_like(place, dtype=torch.bool)
-    best[1:] = place[1:] != place[:-1]
-    return Matches(None, place[best] // queries, place[best] % queries, target[best])
+    query, target = pair[order] // boxes, pair[order] % boxes  # counted over all pages
+    best = torch.ones_like(query, dtype=torch.bool)
+    best[1:] = query[1:] != query[:-1]
+    return Matches(None, query[best] // queries, query[best] % queries, target[best])
 
 
 def kl_of_edges(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:

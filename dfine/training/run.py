@@ -183,16 +183,8 @@ class Run:
             epoch, first = divmod(self.step, self.epoch_steps)
             self.data.sampler.set_position(epoch, first * accumulate)
             batches = iter(self.data.batches)
-            hidden = not distributed.is_main()
-            with tqdm(
-                None,
-                f"epoch {epoch + 1}",
-                self.epoch_steps,
-                initial=first,
-                unit="step",
-                mininterval=0.5,
-                disable=hidden,
-            ) as self.bar:
+            bar: dict[str, Any] = {"unit": "step", "mininterval": 0.5, "disable": not distributed.is_main()}
+            with tqdm(None, f"epoch {epoch + 1}", self.epoch_steps, initial=first, **bar) as self.bar:
                 while epoch * self.epoch_steps <= self.step < min(self.last_step, (epoch + 1) * self.epoch_steps):
                     self.began = time.perf_counter()
                     self.batches, failure = fetch(batches, accumulate)
