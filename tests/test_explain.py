@@ -277,6 +277,22 @@ def test_a_page_of_a_pdf_is_named_by_its_number(script: Any, tmp_path: Path) -> 
         script("--page", "3", file=tmp_path / "a.pdf")
 
 
+def test_the_truth_of_a_page_that_lies_on_its_side_turns_with_it(script: Any, page: Path, tmp_path: Path) -> None:
+    """The json has the size before the EXIF rotation, and names the file in another form."""
+    upright, exif = Image.open(page), Image.Exif()
+    exif[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "side.png", exif=exif)
+    path = coco(tmp_path / "coco.json", name="./side.png", width=90)
+    expected = script("--annotations", coco(tmp_path / "upright.json"))["truth"]
+    content = json.loads(path.read_text())
+    content["images"][0] |= {"width": 120, "height": 90}
+    for annotation in content["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        annotation["bbox"] = [y, 90 - x - w, h, w]
+    path.write_text(json.dumps(content), encoding="utf-8-sig")
+    assert script("--annotations", path, file=tmp_path / "side.png")["truth"] == expected
+
+
 def test_what_cannot_be_explained_is_named(script: Any, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"none.pt: no such checkpoint"):
         script(checkpoint=tmp_path / "none.pt")

@@ -22,7 +22,8 @@ from tiny import drawn_page, shaken, tiny_config, tiny_model
 from dfine import predict
 from dfine.checkpoints import ours
 from dfine.config import Config, DataConfig
-from dfine.data.transforms import PageError
+from dfine.data.sources import CocoPages
+from dfine.data.transforms import TURNS, PageError, read_page, turn_boxes
 from dfine.inference import DEDUPE
 from dfine.inference.results import JsonList
 from dfine.model.detector import DFine
@@ -398,14 +399,78 @@ def test_pages_that_the_json_does_not_have_are_named(
     assert f"error: {tmp_path / 'b.png'}, page 1: {path} has no such image" in errors
 
 
+def test_a_page_is_the_image_whatever_form_its_name_has(script: Any, tmp_path: Path) -> None:
+    Image.fromarray(drawn_page()).save(tmp_path / "a.png")
+    path = write_coco(tmp_path / "coco.json", [image(1, "./a.png")])
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert script(tmp_path / "a.png", "--coco", path)[0] == 0
+    results = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert {result["image_id"] for result in results} == {1}
+
+
+def test_two_pages_are_never_one_image_nor_one_page_two(
+    script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a/page.png", "b/page.png", "c.png"):
+        (tmp_path / "pages" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(drawn_page()).save(tmp_path / "pages" / name)
+    path = write_coco(tmp_path / "coco.json", [image(1, "page.png"), image(2, "c.png"), image(3, "c.png")])
+    status, pages = script(tmp_path / "pages", "--coco", path)
+    assert (status, len(pages)) == (1, 3)
+    results = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert [result["image_id"] for result in results] == [1] * 24
+    errors = capsys.readouterr().err
+    first, second = (tmp_path / "pages" / name / "page.png" for name in "ab")
+    assert f"error: {second}: is page.png of {path}, as {first} is: name the folder of the json's images" in errors
+    assert f"c.png: is the file_name of several images of {path}: 2, 3" in errors
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_results_are_in_pixels_of_the_image_as_the_json_has_it(
+    script: Any, tmp_path: Path, orientation: int, suffix: str
+) -> None:
+    """By the size in the json, as in training: of a page that lies on its side both are right."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    Image.fromarray(drawn_page()).save(pages / f"a.{suffix}", exif=exif)
+    _, (page,) = script(pages, "--pictures", "none")
+    upright, seen = read_page(pages / f"a.{suffix}"), [detection["box"] for detection in page["detections"]]
+    for width, height in {(90, 120), (page["width"], page["height"])}:
+        path = write_coco(tmp_path / "coco.json", [image(1, f"a.{suffix}", width, height)])
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
+        try:
+            lies = CocoPages(pages, path).read(0)[0]
+        except PageError:  # a TIFF is always turned
+            assert suffix == "tif"
+            assert script(pages, "--pictures", "none", "--coco", path)[0] == 1
+            continue
+        assert script(pages, "--pictures", "none", "--coco", path)[0] == 0
+        results = json.loads((tmp_path / "out" / "detections.json").read_text())
+        turn = next(how for how in (None, *TURNS.values()) if np.array_equal(turned(lies, how), upright))
+        xyxy = np.array([[x, y, x + w, y + h] for x, y, w, h in (result["bbox"] for result in results)])
+        xyxy = xyxy if turn is None else turn_boxes(xyxy, lies.shape[:2], turn)
+        np.testing.assert_allclose(xyxy, seen, atol=2e-3)
+
+
+def turned(page: np.ndarray, how: Image.Transpose | None) -> np.ndarray:
+    return page if how is None else np.array(Image.fromarray(page).transpose(how))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[", r"coco.json: not COCO"),
+        ("[", r"coco.json: not JSON"),
         ('{"images": []}', r"coco.json: not COCO: needs the lists images and categories"),
-        ('{"images": [7], "categories": []}', r"coco.json: not COCO"),
-        ('{"images": [], "categories": [{"id": 1, "name": "text"}]}', r"coco.json: has the categories"),
-        (None, r"coco.json: cannot read the images \(No such file"),
+        ('{"images": [7], "categories": []}', r"coco.json: holds no categories"),
+        (json.dumps({"images": [image(1, "a.png")], "categories": CATEGORIES[:1]}), r"coco.json: has the categories"),
+        (
+            json.dumps({"images": [image(1, "../a.png")], "categories": CATEGORIES}),
+            r"coco.json: images\[0\]: file_name",
+        ),
+        (None, r"coco.json: cannot read the annotations \(No such file"),
     ],
 )
 def test_a_json_that_cannot_give_ids_is_named_before_any_page_is_read(

@@ -3,7 +3,7 @@
 import json
 import os
 import reprlib
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Protocol
 
 import numpy as np
@@ -123,22 +123,25 @@ def on_page(annotations: list[dict[str, Any]], sizes: np.ndarray) -> np.ndarray:
     return np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1).clip(0, sizes[..., [1, 0, 1, 0]])
 
 
-def read_coco(path: Path) -> dict[str, Any]:
+def read_coco(path: Path, truth: bool = True) -> dict[str, Any]:
     """Reads and checks a COCO json; annotations are numbered anew from 1 and get what pycocotools needs.
 
+    A `file_name` must lie inside the folder of the images; `./a.png` becomes `a.png`.
+
+    Args:
+        truth: False: only images and categories are wanted, and annotations need not be there.
     Raises:
         PageError: names the file, the entry and what is wrong with it.
     """
+    lists = ["images", "annotations", "categories"] if truth else ["images", "categories"]
     try:
-        coco = json.loads(path.read_text(encoding="utf-8"), object_hook=_without_outline)
+        coco = json.loads(path.read_bytes(), object_hook=_without_outline)  # bytes: a byte order mark is heeded
     except OSError as error:
         raise PageError(f"{path}: cannot read the annotations ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise PageError(f"{path}: not JSON: {error}") from error
-    if not isinstance(coco, dict) or not all(
-        isinstance(coco.get(k), list) for k in ("images", "annotations", "categories")
-    ):
-        raise PageError(f"{path}: not COCO: needs the lists images, annotations and categories")
+    if not isinstance(coco, dict) or not all(isinstance(coco.get(key), list) for key in lists):
+        raise PageError(f"{path}: not COCO: needs the lists {', '.join(lists[:-1])} and {lists[-1]}")
     for key in ("images", "categories"):
         if not coco[key]:
             raise PageError(f"{path}: holds no {key}")
@@ -148,7 +151,14 @@ def read_coco(path: Path) -> dict[str, Any]:
         for side in ("width", "height"):
             if page[side] < 1:
                 raise PageError(f"{path}: images[{number}]: {side} must be 1 or more, found {page[side]}")
-    for number, annotation in enumerate(coco["annotations"]):
+        name = PurePath(page["file_name"])
+        if name.anchor or ".." in name.parts:
+            raise PageError(
+                f"{path}: images[{number}]: file_name must be a path inside the folder of the images, without '..', "
+                f"found {_shown(page['file_name'])}"
+            )
+        page["file_name"] = name.as_posix()
+    for number, annotation in enumerate(coco["annotations"] if truth else ()):
         where = f"{path}: annotations[{number}]"
         _check(where, annotation, {"image_id": int, "category_id": int, "bbox": list})
         if annotation["image_id"] not in pages:

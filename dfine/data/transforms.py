@@ -9,7 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from dfine.config import AugmentConfig, DataConfig
@@ -29,6 +29,7 @@ TURNS: dict[Any, Image.Transpose] = {  # by EXIF orientation; 1 is upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = [TURNS[orientation] for orientation in (5, 6, 7, 8)]
 
 # Pixels: nobody draws a thinner box, and float32 still tells its edges apart on a page of 65,535 pixels.
 THINNEST = 0.01
@@ -71,11 +72,46 @@ def as_page(image: Image.Image, turn: bool = True) -> np.ndarray:
 def _turned(image: Image.Image) -> Image.Image:
     """After its EXIF rotation. Pillow's `exif_transpose` also writes the EXIF block anew, and fails if it is odd."""
     image.load()  # may itself turn the image, and drop the tag (TIFF)
-    try:
-        how = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # as for files: a block that cannot be read says nothing, and the page is as it lies
-        how = None
+    how = _turn(image)
     return image if how is None else image.transpose(how)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # as for files: a block that cannot be read says nothing, and the page is as it lies
+        return None
+
+
+def turn_of(path: str | Path) -> Image.Transpose | None:
+    """How `read_page` turns an image by its EXIF rotation; None: not at all, as a PDF.
+
+    Raises:
+        PageError: the file is gone.
+    """
+    try:
+        with Image.open(path) as image:
+            return None if image.format == "TIFF" else _turn(image)  # Pillow itself turns these
+    except UnidentifiedImageError:
+        return None
+    except OSError as error:
+        raise PageError(f"{path}: cannot read the image: {error}") from error
+
+
+def turn_boxes(boxes: np.ndarray, size: tuple[int, int], how: Image.Transpose) -> np.ndarray:
+    """Where boxes (K, 4) xyxy in pixels of an image are once it is turned.
+
+    Args:
+        size: height, width of the image before.
+    """
+    (x1, y1, x2, y2), (height, width), turns = boxes.T, size, Image.Transpose
+    if how in SIDEWAYS:
+        x1, y1, x2, y2, height, width = y1, x1, y2, x2, width, height
+    if how in (turns.FLIP_LEFT_RIGHT, turns.ROTATE_180, turns.ROTATE_270, turns.TRANSVERSE):
+        x1, x2 = width - x2, width - x1
+    if how in (turns.FLIP_TOP_BOTTOM, turns.ROTATE_180, turns.ROTATE_90, turns.TRANSVERSE):
+        y1, y2 = height - y2, height - y1
+    return np.stack([x1, y1, x2, y2], axis=1)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

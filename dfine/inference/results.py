@@ -8,14 +8,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from dfine.boxes import xyxy_to_cxcywh
 from dfine.data.sources import on_page, read_coco
-from dfine.data.transforms import PageError, have_an_area
+from dfine.data.transforms import SIDEWAYS, PageError, have_an_area, turn_boxes, turn_of
 from dfine.inference.documents import PageLocation
 from dfine.inference.evaluation import category_ids
 from dfine.inference.pages import PageResult
 from dfine.structures import Target
+
+BACK = {  # what undoes a turn; the others undo themselves
+    Image.Transpose.ROTATE_90: Image.Transpose.ROTATE_270,
+    Image.Transpose.ROTATE_270: Image.Transpose.ROTATE_90,
+}
 
 
 def page_entry(result: PageResult, picture: str | None, categories: list[dict[str, Any]]) -> dict[str, Any]:
@@ -99,54 +105,76 @@ class CocoImages:
     """
 
     def __init__(self, path: Path, categories: list[dict[str, Any]]) -> None:
-        self.path = path
-        try:
-            coco = json.loads(path.read_bytes())
-            self.images = {i["file_name"]: (i["id"], (i["width"], i["height"])) for i in coco["images"]}
-            theirs = {category["id"]: category["name"] for category in coco["categories"]}
-        except OSError as error:
-            raise PageError(f"{path}: cannot read the images ({error.strerror})") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise PageError(f"{path}: not COCO: needs the lists images and categories ({error!r})") from error
+        coco = read_coco(path, truth=False)
+        theirs = {category["id"]: category["name"] for category in coco["categories"]}
         if theirs != {category["id"]: category["name"] for category in categories}:
             raise PageError(f"{path}: has the categories {theirs}, the checkpoint knows {categories}")
+        self.path, self.images = path, by_name(coco)
+        self.files: dict[int, str] = {}  # which page an image was, by its id
 
     def results(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
-        """COCO results of a page of predictions.json; the image is the one whose `file_name` its path ends with.
+        """COCO results of a page of predictions.json, in pixels of the image as the json has it.
 
         Raises:
-            PageError: there is none, or it is of another size.
+            PageError: see `find`, or another page was this image.
         """
-        image_id = id_of(entry, self.images, self.path)
-        results = []
-        for detection in entry["detections"]:
-            x1, y1, x2, y2 = detection["box"]
-            box = [x1, y1, round(x2 - x1, 3), round(y2 - y1, 3)]
-            result = {"image_id": image_id, "category_id": detection["category_id"], "bbox": box}
-            results.append(result | {"score": detection["score"]})
-        return results
+        image, turn = find(entry, self.images, self.path)
+        if image["id"] in self.files:
+            raise PageError(
+                f"{entry['file']}: is {image['file_name']} of {self.path}, as {self.files[image['id']]} is: name the "
+                "folder of the json's images alone"
+            )
+        self.files[image["id"]] = entry["file"]
+        boxes = np.array([detection["box"] for detection in entry["detections"]]).reshape(-1, 4)
+        if turn is not None:
+            boxes = turn_boxes(boxes, (entry["height"], entry["width"]), BACK.get(turn, turn))
+        return [
+            {
+                "image_id": image["id"],
+                "category_id": detection["category_id"],
+                "bbox": [round(x, 3) for x in (x1, y1, x2 - x1, y2 - y1)],
+                "score": detection["score"],
+            }
+            for detection, (x1, y1, x2, y2) in zip(entry["detections"], boxes.tolist(), strict=True)
+        ]
 
 
-def id_of(entry: dict[str, Any], images: dict[str, tuple[int, tuple[int, int]]], path: Path) -> int:
-    """The id of the image that a page is: the one whose `file_name` the page's path ends with.
+def by_name(coco: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The images of a COCO json that have each `file_name`: one, as a rule."""
+    images: dict[str, list[dict[str, Any]]] = {}
+    for image in coco["images"]:
+        images.setdefault(image["file_name"], []).append(image)
+    return images
+
+
+def find(
+    entry: dict[str, Any], images: dict[str, list[dict[str, Any]]], path: Path
+) -> tuple[dict[str, Any], Image.Transpose | None]:
+    """The image that a page is, the one whose `file_name` its path ends with, and how the page was turned to be seen.
+
+    As in training, the json's size decides whether its boxes are those of the image before its EXIF rotation.
 
     Args:
         entry: the page's `file`, `page`, `width` and `height`.
-        images: id and (width, height) of the images by `file_name`. path: of their json, for messages.
+        images: by `file_name`. path: of their json, for messages.
     Raises:
-        PageError: there is none, or it is of another size.
+        PageError: there is none, or several, or it is of another size.
     """
     parts = Path(entry["file"]).parts
     names = ["/".join(parts[first:]) for first in range(len(parts))]  # the longest first
-    image = next((images[name] for name in names if name in images), None)
-    if image is None or entry["page"] > 1:
+    found = next((images[name] for name in names if name in images), [])
+    if not found or entry["page"] > 1:
         raise PageError(f"{entry['file']}, page {entry['page']}: {path} has no such image")
-    image_id, size = image
-    if size != (entry["width"], entry["height"]):
-        raise PageError(
-            f"{entry['file']}: has {entry['width']}x{entry['height']} pixels, {path} says {size[0]}x{size[1]}"
-        )
-    return image_id
+    if len(found) > 1:
+        ids = ", ".join(str(image["id"]) for image in found)
+        raise PageError(f"{entry['file']}: is the file_name of several images of {path}: {ids}")
+    (image,) = found
+    size, seen, turn = (image["width"], image["height"]), (entry["width"], entry["height"]), turn_of(entry["file"])
+    if size == (seen[::-1] if turn in SIDEWAYS else seen):
+        return image, turn
+    if size == seen:
+        return image, None
+    raise PageError(f"{entry['file']}: has {seen[0]}x{seen[1]} pixels, {path} says {size[0]}x{size[1]}")
 
 
 def truth_of(
@@ -163,12 +191,14 @@ def truth_of(
     coco, (height, width) = read_coco(annotations), size
     theirs = sorted(({"id": c["id"], "name": c["name"]} for c in coco["categories"]), key=lambda c: c["id"])
     ids = category_ids(categories, theirs, checkpoint, str(annotations))
-    images = {i["file_name"]: (i["id"], (i["width"], i["height"])) for i in coco["images"]}
     entry = {"file": str(location.file), "page": location.page, "width": width, "height": height}
-    image_id = id_of(entry, images, annotations)
-    things = [a for a in coco["annotations"] if a["image_id"] == image_id and not a["iscrowd"]]
+    image, turn = find(entry, by_name(coco), annotations)
+    as_stored = (image["height"], image["width"])
+    things = [a for a in coco["annotations"] if a["image_id"] == image["id"] and not a["iscrowd"]]
     labels = torch.tensor([ids.index(thing["category_id"]) for thing in things], dtype=torch.int64)
-    boxes = on_page(things, np.array(size))  # (T, 4) xyxy pixels
+    boxes = on_page(things, np.array(as_stored))  # (T, 4) xyxy pixels
     kept = have_an_area(boxes)
+    if turn is not None:
+        boxes = turn_boxes(boxes, as_stored, turn)
     cxcywh = xyxy_to_cxcywh(torch.from_numpy(boxes / [width, height, width, height])).float()
-    return Target(labels[kept], cxcywh[kept], image_id, size)
+    return Target(labels[kept], cxcywh[kept], image["id"], size)

@@ -195,6 +195,13 @@ def test_a_file_that_is_not_coco_is_named(tmp_path: Path, text: str, message: st
         ({"images": [image(1) | {"width": 10**400}]}, r"images\[0\]: width is too large: 1000"),
         ({"images": [image(1) | {"id": True}]}, r"images\[0\]: id must be int, found True"),
         ({"images": [image(1) | {"height": 0}]}, r"images\[0\]: height must be 1 or more"),
+        *(
+            (
+                {"images": [image(1), image(2, file_name=name)]},
+                r"images\[1\]: file_name must be a path inside the folder",
+            )
+            for name in ("../a.png", "a/../../b.png", "a/../b.png", "/a.png", "..")
+        ),
         ({"categories": [{"id": 1}]}, r"categories\[0\]: name must be str, found None"),
         ({"categories": []}, "holds no categories"),
     ],
@@ -204,6 +211,25 @@ def test_a_wrong_entry_is_named(tmp_path: Path, change: dict[str, Any], message:
     (tmp_path / "pages.json").write_text(json.dumps(content))
     with pytest.raises(PageError, match=rf"pages\.json: {message}"):
         read_coco(tmp_path / "pages.json")
+
+
+def test_file_names_are_brought_to_one_form(tmp_path: Path) -> None:
+    images, annotations = write(tmp_path, [image(1), image(2, file_name="b/2.png")], [])
+    content = json.loads(annotations.read_text())
+    for entry, name in zip(content["images"], ("./1.png", "b//./2.png"), strict=True):
+        entry["file_name"] = name
+    annotations.write_text(json.dumps(content))
+    source = CocoPages(images, annotations)
+    assert source.files == ["1.png", "b/2.png"]
+    assert [source.read(i)[0].shape for i in range(2)] == [(40, 30, 3)] * 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_json_with_a_byte_order_mark_is_read(tmp_path: Path, encoding: str) -> None:
+    annotations = write(tmp_path, [image(1, file_name="página.png")], [annotation(1, [1, 2, 3, 4])])[1]
+    content = read_coco(annotations)
+    annotations.write_text(annotations.read_text(encoding="utf-8"), encoding=encoding)
+    assert read_coco(annotations) == content
 
 
 def test_a_json_too_deep_to_read_is_named(tmp_path: Path) -> None:

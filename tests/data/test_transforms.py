@@ -14,6 +14,7 @@ from dfine.boxes import cxcywh_to_xyxy
 from dfine.config import AugmentConfig, DataConfig
 from dfine.data.transforms import (
     THINNEST,
+    TURNS,
     PageError,
     augment,
     augmentation,
@@ -24,6 +25,8 @@ from dfine.data.transforms import (
     read_page,
     resize,
     sized,
+    turn_boxes,
+    turn_of,
 )
 
 NONE = {name: 0.0 for name in AugmentConfig.model_fields if name.endswith("_p")}
@@ -182,6 +185,16 @@ def test_the_exif_rotation_is_applied(tmp_path: Path, orientation: int) -> None:
     exif[0x0112] = orientation
     (upright if how is None else upright.transpose(how)).save(tmp_path / "page.png", exif=exif)
     assert (read_page(tmp_path / "page.png")[..., 0] == np.asarray(upright)).all()
+    assert turn_of(tmp_path / "page.png") == TURNS.get(orientation)
+
+
+@pytest.mark.parametrize("how", TURNS.values(), ids=lambda how: how.name)
+def test_boxes_turn_with_their_image(how: Image.Transpose) -> None:
+    page = np.full((30, 50, 3), 255, np.uint8)
+    page[4:9, 20:43] = 0
+    boxes = np.array([[20, 4, 43, 9], [0, 0, 50, 30]])
+    turned = np.array(Image.fromarray(page).transpose(how))
+    np.testing.assert_array_equal(turn_boxes(boxes, (30, 50), how), [ink(turned), [0, 0, *turned.shape[1::-1]]])
 
 
 def exif_block(*entries: tuple[int, int, int, bytes]) -> bytes:
