@@ -3,6 +3,7 @@
 import json
 import os
 import reprlib
+from itertools import compress
 from pathlib import Path, PurePath
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ import numpy as np
 from dfine.config import ConfigError, PagesConfig
 from dfine.data.synthetic.pages import CATEGORIES, coco_dict
 from dfine.data.synthetic.styles import STYLES
-from dfine.data.transforms import PageError, have_an_area, read_page
+from dfine.data.transforms import THINNEST, PageError, have_an_area, read_page
 
 
 class Source(Protocol):
@@ -37,8 +38,9 @@ class Source(Protocol):
 class CocoPages:
     """A COCO json and a folder of images, such as PubLayNet and DocLayNet.
 
-    Boxes are clipped to the page; what is empty then, or thinner than 0.01 pixels, is dropped (`dropped` counts them).
-    Crowd boxes count only in evaluation. Pages without boxes stay.
+    Boxes are clipped to the page (`clipped` counts them); what is empty then, or thinner than 0.01 pixels, is dropped
+    (`dropped` counts them): in training and in evaluation, so that one can find what the other has taught. Crowd boxes
+    count only in evaluation. Pages without boxes stay.
 
     Raises:
         PageError: the json or an image is missing, or the json is not COCO; names the file and what is wrong.
@@ -61,23 +63,24 @@ class CocoPages:
             raise PageError(f"{self.images}: {len(missing)} of {len(pages)} images of {annotations} missing: {names}")
 
         index = {image_id: i for i, image_id in enumerate(self.ids)}
-        things = [a for a in coco["annotations"] if not a.get("iscrowd", 0)]
-        page = np.array([index[a["image_id"]] for a in things], dtype=np.int64)
-        xyxy = on_page(things, np.array(self.sizes).reshape(-1, 2)[page])
-        kept = np.flatnonzero(have_an_area(xyxy))
-        self.dropped = len(things) - len(kept)
-        kept = kept[np.argsort(page[kept], kind="stable")]
+        boxes, self.clipped, self.dropped = clip(coco)
+        things = coco["annotations"]
+        page = np.array([index[thing["image_id"]] for thing in things], dtype=np.int64)
+        own = np.flatnonzero([not thing["iscrowd"] for thing in things])
+        own = own[np.argsort(page[own], kind="stable")]
         # Flat arrays, not lists of objects: worker processes share them without copying.
-        self.boxes = xyxy[kept]
-        self.labels = np.array([labels[things[i]["category_id"]] for i in kept], dtype=np.int64)
-        self.first = np.searchsorted(page[kept], np.arange(len(pages) + 1))
+        self.boxes = boxes[own]
+        self.labels = np.array([labels[things[i]["category_id"]] for i in own], dtype=np.int64)
+        self.first = np.searchsorted(page[own], np.arange(len(pages) + 1))
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         own = slice(self.first[index], self.first[index + 1])
         return read_page(self.images / self.files[index], self.sizes[index]), self.labels[own], self.boxes[own]
 
     def ground_truth(self) -> dict[str, Any]:
-        return read_coco(self.annotations)
+        coco = read_coco(self.annotations)
+        clip(coco)
+        return coco
 
     def summary(self) -> str:
         boxes, pages = np.diff(self.first), len(self.ids)
@@ -86,7 +89,8 @@ class CocoPages:
         if len(self.boxes):
             width, height = np.median(self.boxes[:, 2:] - self.boxes[:, :2], axis=0)
             text += f", median {width:.0f}x{height:.0f} pixels"
-        return f"{text}; {(boxes == 0).sum()} pages without boxes, {self.dropped} empty boxes dropped"
+        text += f"; {(boxes == 0).sum()} pages without boxes"
+        return f"{text}, {self.clipped} boxes clipped to their pages, {self.dropped} empty boxes dropped"
 
 
 class SyntheticPages:
@@ -113,14 +117,28 @@ class SyntheticPages:
         return f"{len(self.ids)} drawn pages of seed {self.seed}, {self.style}"
 
 
-def on_page(annotations: list[dict[str, Any]], sizes: np.ndarray) -> np.ndarray:
-    """The boxes of annotations, clipped to their pages: (T, 4) float64 xyxy pixels, of which some may be empty.
+def clip(coco: dict[str, Any]) -> tuple[np.ndarray, int, int]:
+    """Clips the boxes of a COCO dictionary to their pages, and drops those that are empty then or thinner than 0.01.
 
-    Args:
-        sizes: (T, 2) or (2,) height, width of the pages.
+    An area becomes at most that of what is left of its box.
+
+    Returns:
+        (T, 4) float64 xyxy pixels of the annotations that stay, and how many of the others but crowds were clipped and
+        dropped; what leaves its page by less than 0.01 pixels does not count as clipped
     """
-    xywh = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64).reshape(-1, 4)
-    return np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1).clip(0, sizes[..., [1, 0, 1, 0]])
+    sizes = {image["id"]: [image["width"], image["height"]] * 2 for image in coco["images"]}
+    things = coco["annotations"]
+    xywh = np.array([thing["bbox"] for thing in things], dtype=np.float64).reshape(-1, 4)
+    xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+    boxes = xyxy.clip(0, np.array([sizes[thing["image_id"]] for thing in things]).reshape(-1, 4))
+    kept = have_an_area(boxes)
+    clipped = kept & (np.abs(boxes - xyxy) > THINNEST).any(1)
+    for thing, (x1, y1, x2, y2) in zip(compress(things, clipped), boxes[clipped].tolist(), strict=True):
+        thing["bbox"] = [x1, y1, x2 - x1, y2 - y1]
+        thing["area"] = min(thing["area"], (x2 - x1) * (y2 - y1))
+    own = np.array([not thing["iscrowd"] for thing in things], dtype=bool)
+    coco["annotations"] = list(compress(things, kept))
+    return boxes[kept], int((clipped & own).sum()), int((~kept & own).sum())
 
 
 def read_coco(path: Path, truth: bool = True) -> dict[str, Any]:

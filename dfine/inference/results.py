@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from dfine.boxes import xyxy_to_cxcywh
-from dfine.data.sources import on_page, read_coco
-from dfine.data.transforms import SIDEWAYS, PageError, have_an_area, turn_boxes, turn_of
+from dfine.data.sources import clip, read_coco
+from dfine.data.transforms import SIDEWAYS, PageError, turn_boxes, turn_of
 from dfine.inference.documents import PageLocation
 from dfine.inference.evaluation import category_ids
 from dfine.inference.pages import PageResult
@@ -194,11 +194,10 @@ def truth_of(
     entry = {"file": str(location.file), "page": location.page, "width": width, "height": height}
     image, turn = find(entry, by_name(coco), annotations)
     as_stored = (image["height"], image["width"])
-    things = [a for a in coco["annotations"] if a["image_id"] == image["id"] and not a["iscrowd"]]
-    labels = torch.tensor([ids.index(thing["category_id"]) for thing in things], dtype=torch.int64)
-    boxes = on_page(things, np.array(as_stored))  # (T, 4) xyxy pixels
-    kept = have_an_area(boxes)
+    coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] == image["id"] and not a["iscrowd"]]
+    boxes, _, _ = clip(coco)  # (T, 4) xyxy pixels
+    labels = torch.tensor([ids.index(thing["category_id"]) for thing in coco["annotations"]], dtype=torch.int64)
     if turn is not None:
         boxes = turn_boxes(boxes, as_stored, turn)
     cxcywh = xyxy_to_cxcywh(torch.from_numpy(boxes / [width, height, width, height])).float()
-    return Target(labels[kept], cxcywh[kept], image["id"], size)
+    return Target(labels, cxcywh, image["id"], size)

@@ -41,7 +41,8 @@ def test_boxes_are_clipped_to_the_page_and_empty_ones_dropped_and_counted(tmp_pa
     source = CocoPages(*write(tmp_path, [image(1)], [annotation(1, box) for box in boxes]))
     assert source.read(0)[2].tolist() == [[0, 0, 5, 5], [25, 35, 30, 40]]
     assert source.dropped == 4
-    assert "4 empty boxes dropped" in source.summary()
+    assert source.clipped == 2
+    assert "2 boxes clipped to their pages, 4 empty boxes dropped" in source.summary()
 
 
 def test_slivers_are_dropped_and_counted_like_empty_boxes(tmp_path: Path) -> None:
@@ -49,8 +50,21 @@ def test_slivers_are_dropped_and_counted_like_empty_boxes(tmp_path: Path) -> Non
     boxes = [[5, 5, 1e-7, 9], [5, 5, 9, 1e-7], [-9, 5, 9.000001, 9], [29.999999, 5, 9, 9], [5, 5, 0.1, 9]]
     source = CocoPages(*write(tmp_path, [image(1)], [annotation(1, box) for box in boxes]))
     assert source.read(0)[2].tolist() == [[5, 5, 5.1, 14]]
-    assert source.dropped == 4
-    assert len(source.ground_truth()["annotations"]) == 5
+    assert (source.clipped, source.dropped) == (0, 4)
+
+
+def test_the_truth_of_evaluation_is_that_of_training(tmp_path: Path) -> None:
+    """Clipped, or finding what the model has learnt would be wrong; what stays on its page is not touched."""
+    boxes = [[-8, 5, 20, 10], [20, 30, 20, 20], [0.1, 0.2, 29.9000001, 4], [31, 0, 5, 5], [-9, 5, 9.001, 9]]
+    annotations = [annotation(1, box, area=150) for box in boxes] + [annotation(1, [-5, -5, 90, 90], iscrowd=1)]
+    source = CocoPages(*write(tmp_path, [image(1)], annotations))
+    assert (source.clipped, source.dropped) == (2, 2)
+    truth = source.ground_truth()["annotations"]
+    assert [a["bbox"] for a in truth] == [[0, 5, 12, 10], [20, 30, 10, 10], boxes[2], [0, 0, 30, 40]]
+    assert [a["area"] for a in truth] == [120, 100, 150, 1200]
+    learnt = np.array([a["bbox"] for a in truth if not a["iscrowd"]])
+    learnt[:, 2:] += learnt[:, :2]
+    np.testing.assert_allclose(source.read(0)[2], learnt, atol=1e-6)
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -45,6 +45,17 @@ def test_finding_everything_gives_1_and_classes_without_truth_do_not_count(tmp_p
     assert metrics["per_class"]["figure"] == {"AP": None, "AP50": None}
 
 
+def test_finding_what_a_model_is_taught_gives_1_also_where_truth_leaves_its_page(tmp_path: Path) -> None:
+    """It knows the boxes as training clips them, and its own are clipped."""
+    boxes = [[-200, 10, 260, 40], [250, 300, 200, 300], [80, 100, 50, 200], [310, 0, 50, 50]]
+    images, file = write(tmp_path, [image(0, 300, 400)], [annotation(0, box) for box in boxes])
+    source = CocoPages(images, file)
+    _, _, taught = source.read(0)
+    everything = [annotation(0, [x1, y1, x2 - x1, y2 - y1]) for x1, y1, x2, y2 in taught.tolist()]
+    metrics = coco_metrics(source.ground_truth(), found(everything))
+    assert (metrics["AP"], metrics["AR100"]) == pytest.approx((1, 1))
+
+
 def test_finding_nothing_gives_0(tmp_path: Path) -> None:
     metrics = coco_metrics(truth(tmp_path, THREE), [])
     assert {metrics[name] for name in (*OFFICIAL, "AP_300")} == {0.0}
