@@ -33,6 +33,8 @@ SIDEWAYS = [TURNS[orientation] for orientation in (5, 6, 7, 8)]
 
 # Pixels: nobody draws a thinner box, and float32 still tells its edges apart on a page of 65,535 pixels.
 THINNEST = 0.01
+# Pixels between two points that follow an edge, at most. More points change no box where a page bends by default.
+SPACING = 8
 
 
 class PageError(ValueError):
@@ -269,14 +271,24 @@ def augment(
         page, labels, boxes of the same form; boxes that left the page are dropped.
     """
     augmentation.set_random_seed(seed)
-    t = np.linspace(0, 1, 8)  # along each edge
-    x = np.concatenate([t, t, np.zeros_like(t), np.ones_like(t)])  # upper and lower edge, then left and right
-    y = np.concatenate([x[16:], t, t])
-    low, high = boxes[:, None, :2], boxes[:, None, 2:]  # (T, 1, 2)
-    points = low + np.stack([x, y], axis=-1) * (high - low) - 0.5  # (T, 32, 2); 0 is the centre of the first pixel
-    result = augmentation(image=page, keypoints=points.reshape(-1, 2))
+    outlines = [outline(box) - 0.5 for box in boxes]  # 0 is the centre of the first pixel
+    result = augmentation(image=page, keypoints=np.concatenate([np.zeros((0, 2)), *outlines]))
     page = result["image"]
-    points = np.asarray(result["keypoints"], dtype=np.float64).reshape(points.shape) + 0.5
-    boxes = np.concatenate([points.min(1), points.max(1)], axis=-1).clip(0, np.tile(page.shape[1::-1], 2))
+    if outlines:
+        points = np.asarray(result["keypoints"], dtype=np.float64) + 0.5
+        first = np.cumsum([0, *(len(points) for points in outlines[:-1])])
+        boxes = np.concatenate([np.minimum.reduceat(points, first), np.maximum.reduceat(points, first)], axis=-1)
+        boxes = boxes.clip(0, np.tile(page.shape[1::-1], 2))
     kept = have_an_area(boxes)
     return page, labels[kept], boxes[kept]
+
+
+def outline(box: np.ndarray) -> np.ndarray:
+    """Points along the edges of a box (4,) xyxy: 8 on each, more on long ones -> (P, 2).
+
+    What bends a page bends it between two points as well, and would cut ink off a long thin box.
+    """
+    across, down = (np.linspace(0, 1, max(8, math.ceil(side / SPACING) + 1)) for side in box[2:] - box[:2])
+    x = np.concatenate([across, across, np.zeros_like(down), np.ones_like(down)])  # upper, lower, left, right edge
+    y = np.concatenate([np.zeros_like(across), np.ones_like(across), down, down])
+    return box[:2] + np.stack([x, y], axis=-1) * (box[2:] - box[:2])

@@ -21,6 +21,7 @@ from dfine.data.transforms import (
     canvas_of,
     fit,
     model_size,
+    outline,
     pad,
     read_page,
     resize,
@@ -268,6 +269,26 @@ def test_boxes_follow_the_pixels(kinds: tuple[str, ...]) -> None:
         page, labels, boxes = augment(steps, page, np.array([4]), box, seed)
         assert labels.tolist() == [4]
         assert np.abs(boxes[0] - ink(page)).max() <= 2
+
+
+@pytest.mark.parametrize("upright", [False, True])
+def test_long_thin_boxes_follow_the_pixels_where_the_page_bends(upright: bool) -> None:
+    steps = augmentation(AugmentConfig(**NONE | {"elastic_p": 1.0}))
+    for seed in range(8):
+        page, box = np.full((640, 640, 3), 255, np.uint8), np.array([[60, 300, 560, 324]], dtype=np.float64)
+        page[300:324, 60:560] = 0
+        if upright:
+            page, box = page.transpose(1, 0, 2).copy(), box[:, [1, 0, 3, 2]]
+        page, _, boxes = augment(steps, page, np.array([4]), box, seed)
+        assert np.abs(boxes[0] - ink(page)).max() <= 1
+
+
+def test_a_short_box_has_eight_points_an_edge_and_a_long_one_one_every_eight_pixels() -> None:
+    assert outline(np.array([5.0, 5, 61, 20])).shape == (4 * 8, 2)
+    points = outline(np.array([10.0, 20, 810, 40]))
+    assert len(points) == 2 * 101 + 2 * 8
+    assert np.abs(np.diff(points[:101, 0])).max() == pytest.approx(8)
+    assert [*points.min(0), *points.max(0)] == [10, 20, 810, 40]
 
 
 @pytest.mark.parametrize("kind", NONE)
