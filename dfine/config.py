@@ -219,9 +219,18 @@ class DataConfig(Section):
     sizing: Literal["keep_aspect", "squash"] = "keep_aspect"
     squash_aspect: Positive = 1.0  # height / width of squashed pages, whose shorter side is the short edge
     augment: AugmentConfig = AugmentConfig()
+    # A training page that cannot be read, or is not there, is named, and the next of its batch takes its place. False:
+    # it ends the run. In evaluation it always does, or AP would be that of other pages.
+    skip_unreadable: bool = False
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        _require(
+            self.batch_size > 1 or not self.skip_unreadable,
+            "data.batch_size",
+            "2 or more with data.skip_unreadable",
+            self.batch_size,
+        )
         edge, longest = max(*self.short_edges, self.eval_short_edge), self.max_long_edge
         _require(longest >= edge, "data.max_long_edge", f"at least the largest short edge ({edge})", longest)
         return self

@@ -37,7 +37,7 @@ from dfine.inference.pictures import draw, grid
 def main() -> None:
     options = arguments()
     settings = config.load(options.config, options.overrides)
-    source = open_source(settings.data.train, "data.train")
+    source = open_source(settings.data.train, "data.train", settings.data.skip_unreadable)
     names = [category["name"] for category in source.categories]
 
     drawn: list[np.ndarray] = []

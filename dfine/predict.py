@@ -43,7 +43,7 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
         "--coco",
         type=Path,
         metavar="JSON",
-        help="a COCO json with these images: writes detections.json as well, COCO results with its image ids "
+        help="a COCO json with these images: writes detections.json as well, COCO results with its image ids, in its pixels "
         "(for AP use --threshold 0 --dedupe 1)",
     )
     add(
@@ -92,7 +92,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from dfine.data.batches import PageLoader, leave_signals_to_the_main_process
+from dfine.data.batches import PageLoader, leave_signals_to_the_main_process, make_room
 from dfine.data.transforms import PageError
 from dfine.inference.documents import MARK, PageLocation, list_pages, read
 from dfine.inference.pages import PageResult, as_it_is, load
@@ -103,6 +103,7 @@ from dfine.inference.results import CocoImages, JsonList, page_entry, read_predi
 def main() -> int:
     """Returns 1 if a page could not be read or drawn, else 0."""
     options = arguments()
+    make_room(options.workers, "--workers")
     detector = load(options.checkpoint, fast=options.fast)
     coco = CocoImages(options.coco, detector.categories) if options.coco else None
     listed = list(list_pages(options.paths, options.pages))

@@ -8,20 +8,29 @@ import math
 import multiprocessing
 import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from tqdm import tqdm
 
 from dfine import distributed
-from dfine.config import Config, DataConfig
+from dfine.config import Config, ConfigError, DataConfig
 from dfine.data.sources import Source
 from dfine.data.transforms import PageError, augment, augmentation, canvas_of, model_size, pad, sized
 from dfine.structures import Batch, Target
+
+try:
+    import resource
+except ImportError:  # Windows, which shares memory without open files
+    resource = None  # type: ignore[assignment]
 
 
 class PageKey(NamedTuple):
@@ -32,12 +41,20 @@ class PageKey(NamedTuple):
     epoch: int
 
 
+class Samples(NamedTuple):
+    """The pages of a batch, each (h, w, 3) uint8 with its truth; and why some of its pages are others instead."""
+
+    pages: list[tuple[np.ndarray, Target]]
+    errors: list[PageError]
+
+
 class PageDataset(Dataset):
     """Reads, resizes and (in training) augments: PageKey -> page (h, w, 3) uint8 and its `Target`."""
 
     def __init__(self, source: Source, config: DataConfig, seed: int, training: bool) -> None:
         self.source, self.config, self.seed = source, config, seed
         self.augmentation = augmentation(config.augment) if training else None
+        self.skip_unreadable = config.skip_unreadable and training
 
     def __getitem__(self, key: PageKey) -> tuple[np.ndarray, Target]:
         page, labels, boxes = self.source.read(key.page)
@@ -57,12 +74,22 @@ class PageDataset(Dataset):
         )
         return page, target
 
-    def __getitems__(self, keys: list[PageKey]) -> list[tuple[np.ndarray, Target]] | PageError:
+    def __getitems__(self, keys: list[PageKey]) -> "Samples | PageError":
         """A batch, or the error of one of its pages, which `PageLoader` raises in the main process."""
-        try:
-            return [self[key] for key in keys]
-        except PageError as error:
-            return error
+        pages: list[tuple[np.ndarray, Target] | None] = []
+        errors: list[PageError] = []
+        for key in keys:
+            try:
+                pages.append(self[key])
+            except PageError as error:
+                if not self.skip_unreadable:
+                    return error
+                pages.append(None)
+                errors.append(error)
+        if len(errors) == len(keys):
+            return PageError(f"no page of a batch can be read, so nothing can take their place: {errors[0]}")
+        following = [*pages, *pages]
+        return Samples([next(page for page in following[i:] if page is not None) for i in range(len(keys))], errors)
 
 
 class TrainBatches(Sampler[list[PageKey]]):
@@ -139,8 +166,64 @@ def _loader(source: Source, config: Config, batches: Any, training: bool) -> Dat
     )
 
 
+# Files that a loader keeps open in this process for each of its workers: pipes, and the tensors of two batches.
+FILES = 12
+ROOM = 16  # files that a worker can still open before it sends a batch
+
+
+def make_room(workers: int, key: str) -> None:
+    """Sees to it that two loaders of so many workers can be open: raises the limit on open files if it must.
+
+    Raises:
+        ConfigError: the limit may not be raised so far; `key` is where the number comes from.
+    """
+    if not workers or resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = open_files() + 2 * ROOM + 2 * FILES * workers
+    if needed <= soft or soft == resource.RLIM_INFINITY:
+        return
+    with suppress(OSError, ValueError):  # a system may have a limit of its own above these two
+        soft = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < needed:
+        fewer = max(0, workers - math.ceil((needed - soft) / (2 * FILES)))
+        raise ConfigError(
+            f"{key}: {workers} processes that load pages need some {needed} open files, and this process may have "
+            f"{soft}: raise that limit (ulimit -n {needed}) or take {fewer}"
+        )
+
+
+def open_files() -> int:
+    return len(os.listdir("/dev/fd"))
+
+
+def has_room() -> bool:
+    """Whether this process can open as many files as sending a batch takes."""
+    if resource is None:
+        return True
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        return soft == resource.RLIM_INFINITY or open_files() + ROOM <= soft
+    except OSError:  # not one is left
+        return False
+
+
 class PageLoader(DataLoader[Batch]):
     """A `DataLoader` that raises its workers' errors unchanged, and only when a batch is asked for."""
+
+    def __init__(self, dataset: Dataset, collate_fn: Callable[[Any], Any], **more: Any) -> None:
+        super().__init__(dataset, collate_fn=WithRoom(collate_fn), **more)
+        self.skipped: set[str] = set()
+
+    def name(self, errors: list[PageError]) -> None:
+        """Names each page that was skipped, once and in whatever process."""
+        for error in errors:
+            if str(error) not in self.skipped:
+                self.skipped.add(str(error))
+                text = f"page skipped, {len(self.skipped)} so far: {error}; the next of its batch takes its place"
+                tqdm.write(text, file=sys.stderr)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """
@@ -154,19 +237,39 @@ class PageLoader(DataLoader[Batch]):
                 # torch would raise a worker's death wherever this process is: halfway through a step, or a save.
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for batch in batches:
-                if isinstance(batch, PageError):
+                if isinstance(batch, PageError | WorkerError):
                     raise batch
+                if isinstance(batch, Packed):
+                    self.name(batch.errors)
+                    batch = batch.batch()
                 yield batch
-        except RuntimeError as error:  # torch's: a worker was killed, or shared memory or file handles ran out
-            raise WorkerError(f"loading pages failed: {error}") from error
+        except (RuntimeError, OSError) as error:  # a worker was killed, or shared memory or file handles ran out
+            ran_out = "open files" in str(error) or "ancdata" in str(error)  # torch's words for the same
+            raise WorkerError(f"loading pages failed: {NO_ROOM if ran_out else error}") from error
 
 
 class WorkerError(ValueError):
     """Pages cannot be loaded, and it is not the pages' fault."""
 
 
+NO_ROOM = "too many open files: raise the limit (ulimit -n 4096), or take fewer workers or smaller batches"
+
+
+@dataclass(frozen=True)
+class WithRoom:
+    """Collates, but where a worker has no room to send the batch, says so: torch would lose it and wait for ever."""
+
+    collate: Callable[[Any], Any]
+
+    def __call__(self, samples: Any) -> Any:
+        if get_worker_info() is not None and not has_room():
+            return WorkerError(f"loading pages failed: {NO_ROOM}")
+        return self.collate(samples)
+
+
 def leave_signals_to_the_main_process(_: int) -> None:
     """Ctrl-C, torchrun and job schedulers signal workers as well: they end when the main process does, not before."""
+    signal.set_wakeup_fd(-1)  # what a worker is told does not wake the main process
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigtimedwait"):  # macOS: there SIGTERM ends a worker, and then the run
         return
@@ -185,14 +288,41 @@ def _heed_the_main_process() -> None:
     os._exit(0)
 
 
+class Packed(NamedTuple):
+    """A batch on its way from a worker, in few tensors: each is a file that both processes hold open."""
+
+    images: Tensor  # (B, 3, H, W) uint8
+    labels: Tensor  # (sum T,) of all pages
+    boxes: Tensor  # (sum T, 4)
+    pages: list[
+        tuple[tuple[int, int], int, int, tuple[int, int]]
+    ]  # valid size, number of boxes, `Target`'s id and size
+    errors: list[PageError]
+
+    def batch(self) -> Batch:
+        sizes, counts, ids, originals = zip(*self.pages, strict=True)
+        truth = zip(self.labels.split(counts), self.boxes.split(counts), ids, originals, strict=True)
+        return Batch(self.images, torch.tensor(sizes), [Target(*page) for page in truth])
+
+
 @dataclass(frozen=True)
 class Collate:
-    """Makes a `Batch` of pages; a class, so that it can be pickled with its stride. A page's error is passed on."""
+    """Makes one batch of pages; a class, so that it can be pickled with its stride. A page's error is passed on."""
 
     stride: int
 
-    def __call__(self, samples: list[tuple[np.ndarray, Target]] | PageError) -> Batch | PageError:
+    def __call__(self, samples: Samples | PageError) -> Packed | PageError:
         if isinstance(samples, PageError):
             return samples
-        images, sizes = pad([page for page, _ in samples], self.stride)
-        return Batch(images, sizes, [target for _, target in samples])
+        pages, targets = zip(*samples.pages, strict=True)
+        images, sizes = pad(list(pages), self.stride)
+        return Packed(
+            images,
+            torch.cat([target.labels for target in targets]),
+            torch.cat([target.boxes for target in targets]),
+            [
+                ((height, width), len(target.labels), target.image_id, target.size)
+                for (height, width), target in zip(sizes.tolist(), targets, strict=True)
+            ],
+            samples.errors,
+        )

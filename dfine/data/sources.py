@@ -42,11 +42,13 @@ class CocoPages:
     (`dropped` counts them): in training and in evaluation, so that one can find what the other has taught. Crowd boxes
     count only in evaluation. Pages without boxes stay.
 
+    Args:
+        may_lack: whether images may be missing: reading them is an error then.
     Raises:
         PageError: the json or an image is missing, or the json is not COCO; names the file and what is wrong.
     """
 
-    def __init__(self, images: str | Path, annotations: str | Path) -> None:
+    def __init__(self, images: str | Path, annotations: str | Path, may_lack: bool = False) -> None:
         self.images, self.annotations = Path(images), Path(annotations)
         coco = read_coco(self.annotations)
         self.categories = sorted(
@@ -58,7 +60,7 @@ class CocoPages:
         self.sizes = [(page["height"], page["width"]) for page in pages]
         self.files = [page["file_name"] for page in pages]
         missing = [file for file in self.files if not os.path.isfile(self.images / file)]  # False for any odd name
-        if missing:
+        if missing and not may_lack:
             names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise PageError(f"{self.images}: {len(missing)} of {len(pages)} images of {annotations} missing: {names}")
 
@@ -234,16 +236,18 @@ def _shown(value: Any) -> str:
     return reprlib.repr(value)
 
 
-def open_source(pages: PagesConfig, key: str) -> Source:
+def open_source(pages: PagesConfig, key: str, may_lack: bool = False) -> Source:
     """The pages that `data.train` or `data.val` (the key) names.
 
+    Args:
+        may_lack: see `CocoPages`.
     Raises:
         ConfigError: it names none. PageError: see `CocoPages`.
     """
     if pages.annotations:
         if not pages.images:
             raise ConfigError(f"{key}.images: name the folder with the images of {pages.annotations}")
-        return CocoPages(pages.images, pages.annotations)
+        return CocoPages(pages.images, pages.annotations, may_lack)
     if pages.images:
         raise ConfigError(f"{key}.annotations: name the COCO json of {pages.images}")
     if pages.synthetic < 1:

@@ -13,7 +13,7 @@ from dfine.boxes import multiplies_bf16
 from dfine.checkpoints.loading import initialise
 from dfine.checkpoints.ours import bare_model
 from dfine.config import Config, ConfigError, TrainConfig
-from dfine.data.batches import TrainBatches, evaluation_loader, train_loader
+from dfine.data.batches import TrainBatches, evaluation_loader, make_room, train_loader
 from dfine.data.sources import Source, open_source
 from dfine.distributed import say
 from dfine.model.deploy import compile_parts
@@ -36,7 +36,12 @@ class Data(NamedTuple):
 
 
 def prepare(config: Config) -> None:
-    """Seeds and threads of this process."""
+    """Seeds, threads and open files of this process.
+
+    Raises:
+        ConfigError: see `make_room`.
+    """
+    make_room(config.data.workers, "data.workers")
     if config.train.threads:
         torch.set_num_threads(min(config.train.threads, distributed.cores()))
     torch.manual_seed(config.train.seed)  # the same in every process: all start from the same weights
@@ -49,7 +54,8 @@ def open_data(config: Config) -> Data:
         ConfigError: no pages are named, or those of training and validation have other categories. PageError: see
             `CocoPages`.
     """
-    train, val = open_source(config.data.train, "data.train"), open_source(config.data.val, "data.val")
+    train = open_source(config.data.train, "data.train", may_lack=config.data.skip_unreadable)
+    val = open_source(config.data.val, "data.val")
     if train.categories != val.categories:
         raise ConfigError(
             f"data.val.annotations: its categories {val.categories} are not those of data.train: {train.categories}"

@@ -1,5 +1,7 @@
 """Which pages share a batch, how large they are, and that nothing depends on who loads them."""
 
+import re
+import resource
 import time
 from collections import Counter
 from pathlib import Path
@@ -10,13 +12,26 @@ import pytest
 import torch
 from coco_folder import annotation, image, write
 from PIL import Image
-from processes import gone, launch
+from processes import ends, gone, launch
+from torch.utils.data import Dataset
 
 from dfine import distributed
-from dfine.config import AugmentConfig, Config, DataConfig, TrainConfig
-from dfine.data.batches import PageDataset, PageKey, TrainBatches, evaluation_batches, evaluation_loader, train_loader
+from dfine.config import AugmentConfig, Config, ConfigError, DataConfig, TrainConfig
+from dfine.data.batches import (
+    PageDataset,
+    PageKey,
+    PageLoader,
+    TrainBatches,
+    WorkerError,
+    evaluation_batches,
+    evaluation_loader,
+    leave_signals_to_the_main_process,
+    make_room,
+    open_files,
+    train_loader,
+)
 from dfine.data.sources import CocoPages
-from dfine.data.transforms import canvas_of, fit
+from dfine.data.transforms import PageError, canvas_of, fit
 
 SMALL = DataConfig(batch_size=2, workers=0, short_edges=(32, 64), eval_short_edge=32, max_long_edge=96)
 
@@ -152,20 +167,24 @@ def test_a_batch_lays_pages_in_the_upper_left_corner_and_says_how_large_they_are
         assert page.sum() == 255 * 3 * height * width
 
 
-def reads_one_batch_and_waits(folder: Path) -> None:
-    """Batches of so many pages that what the worker says of the next one fills its pipe."""
-    source = CocoPages(*write(folder, [image(1, 32, 32)], []))
-    unchanged = AugmentConfig(**{field: 0.0 for field in vars(AugmentConfig()) if field.endswith("_p")})
-    data = DataConfig(batch_size=1000, workers=1, short_edges=(32,), eval_short_edge=32, augment=unchanged)
-    loader, _ = train_loader(source, Config(data=data, train=TrainConfig(accumulate=3)))
-    batches = iter(loader)
-    next(batches)
-    (folder / "read").touch()
-    time.sleep(100)
+class Long(Dataset):
+    """What the worker says of one page more than fills its pipe."""
+
+    def __getitem__(self, index: int) -> str:
+        return "x" * 1_000_000
+
+
+def reads_one_page_and_waits(folder: Path) -> None:
+    pages = PageLoader(
+        Long(), str, sampler=range(9), batch_size=None, num_workers=1, worker_init_fn=leave_signals_to_the_main_process
+    )
+    for _ in pages:
+        (folder / "read").touch()
+        time.sleep(100)
 
 
 def test_workers_end_with_their_process_even_in_the_middle_of_a_batch(tmp_path: Path) -> None:
-    (process,) = launch(reads_one_batch_and_waits, tmp_path, count=1)
+    (process,) = launch(reads_one_page_and_waits, tmp_path, count=1)
     while not (tmp_path / "read").exists():
         assert process.is_alive()
         time.sleep(0.1)
@@ -174,6 +193,119 @@ def test_workers_end_with_their_process_even_in_the_middle_of_a_batch(tmp_path: 
     process.join()
     assert process.pid is not None
     assert gone(process.pid)
+
+
+# Pages that cannot be read
+
+
+def five_of_which(folder: Path, broken: tuple[int, ...], missing: tuple[int, ...] = ()) -> tuple[Path, Path]:
+    images, file = write(folder, [image(i) for i in range(5)], [annotation(i, [i, 5, 12, 20]) for i in range(5)])
+    for i in broken:
+        (images / f"{i}.png").write_text("no image")
+    for i in missing:
+        (images / f"{i}.png").unlink()
+    return images, file
+
+
+def ids(batches: Any) -> list[list[int]]:
+    return [[target.image_id for target in batch.targets] for batch in batches]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_page_that_cannot_be_read_is_named_counted_and_replaced_by_the_next_of_its_batch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
+    images, file = five_of_which(tmp_path, broken=(1,), missing=(3,))
+    still = AugmentConfig(**{name: 0.0 for name in AugmentConfig.model_fields if name.endswith("_p")})
+    data = DataConfig(batch_size=5, workers=workers, short_edges=(64,), augment=still)
+    with pytest.raises(PageError, match=r"1 of 5 images .* missing: 3\.png"):
+        CocoPages(images, file)
+    source = CocoPages(images, file, may_lack=True)
+    strict, sampler = train_loader(source, Config(data=data))
+    with pytest.raises(PageError, match=r"[13]\.png: cannot read"):
+        list(strict)
+    loader, _ = train_loader(source, Config(data=data.model_copy(update={"skip_unreadable": True})))
+    order = [key.page for (*keys,) in sampler for key in keys]
+    following = [*order, *order]
+    expected = [next(page for page in following[i:] if page not in (1, 3)) for i in range(5)]
+    for _ in range(2):
+        (batch,) = loader
+        assert ids([batch]) == [expected]
+        lefts = [round(30 * (t.boxes[0, 0] - t.boxes[0, 2] / 2).item()) for t in batch.targets]
+        assert lefts == expected  # its own truth came along
+    said = capsys.readouterr().err
+    assert said.count("page skipped") == 2
+    assert f"2 so far: {images}" in said
+    assert all(said.count(f"{images / name}: cannot read the image") == 1 for name in ("1.png", "3.png"))
+
+
+def test_where_no_page_of_a_batch_can_be_read_and_in_evaluation_nothing_is_skipped(tmp_path: Path) -> None:
+    source = CocoPages(*five_of_which(tmp_path, broken=(0, 1, 2, 3, 4)))
+    config = Config(data=SMALL.model_copy(update={"skip_unreadable": True}))
+    with pytest.raises(PageError, match=r"no page of a batch can be read, .*: .*\.png: cannot read"):
+        list(train_loader(source, config)[0])
+    with pytest.raises(PageError, match=r"png: cannot read"):
+        list(evaluation_loader(source, config))
+
+
+# Open files
+
+
+def loads_with_few_files(folder: Path, spare: int) -> None:
+    source = CocoPages(*write(folder, [image(i) for i in range(64)], [annotation(i, [1, 1, 9, 9]) for i in range(64)]))
+    loader = evaluation_loader(source, Config(data=SMALL.model_copy(update={"batch_size": 16, "workers": 2})))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_files() + spare,) * 2)
+    try:
+        kept = list(loader)  # each holds its files
+        (folder / "said").write_text(f"{len(kept)} batches")
+    except WorkerError as error:
+        (folder / "said").write_text(str(error))
+
+
+@pytest.mark.parametrize("spare", [12, 17, 22, 60])
+def test_too_few_open_files_are_an_error_that_says_what_to_do_and_no_wait_for_ever(tmp_path: Path, spare: int) -> None:
+    processes = launch(loads_with_few_files, tmp_path, spare, count=1)
+    assert ends(processes) == [0]
+    expected = "4 batches" if spare == 60 else r"loading pages failed: too many open files: raise the limit \(ulimit.*"
+    assert re.fullmatch(expected, (tmp_path / "said").read_text())
+
+
+def asks_for_room(folder: Path, soft: int, hard: int, workers: int) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    try:
+        make_room(workers, "data.workers")
+        (folder / "said").write_text(str(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
+    except ConfigError as error:
+        (folder / "said").write_text(str(error))
+
+
+@pytest.mark.parametrize(
+    ("limits", "workers", "expected"),
+    [
+        ((1024, 4096), 16, "1024"),  # nothing needs to change
+        ((128, 4096), 16, r"4\d\d"),  # raised as far as needed
+        (
+            (128, 128),
+            16,
+            r"data.workers: 16 processes .* may have 128: raise that limit \(ulimit -n \d+\) or take [0-3]",
+        ),
+        ((128, 128), 0, "128"),
+    ],
+)
+def test_the_limit_on_open_files_is_raised_where_that_is_needed_and_allowed(
+    tmp_path: Path, limits: tuple[int, int], workers: int, expected: str
+) -> None:
+    assert ends(launch(asks_for_room, tmp_path, *limits, workers, count=1)) == [0]
+    assert re.fullmatch(expected, (tmp_path / "said").read_text())
+
+
+def test_a_batch_comes_from_a_worker_in_few_tensors_however_many_pages_it_has(tmp_path: Path) -> None:
+    source = CocoPages(*write(tmp_path, [image(i) for i in range(6)], [annotation(i, [1, 1, 9, 9]) for i in (1, 1, 4)]))
+    loader = evaluation_loader(source, Config(data=SMALL.model_copy(update={"batch_size": 6, "workers": 1})))
+    (batch,) = loader
+    truths = [x for target in batch.targets for x in (target.labels, target.boxes)]
+    assert len({x.untyped_storage().data_ptr() for x in (batch.images, *truths)}) == 3
+    assert [len(target.labels) for target in batch.targets] == [0, 2, 0, 0, 1, 0]
 
 
 def test_boxes_of_squashed_pages_lie_on_the_same_ink_and_no_page_is_padded(tmp_path: Path) -> None:
