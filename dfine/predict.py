@@ -43,8 +43,8 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
         "--coco",
         type=Path,
         metavar="JSON",
-        help="a COCO json with these images: writes detections.json as well, COCO results with its image ids, in its pixels "
-        "(for AP use --threshold 0 --dedupe 1)",
+        help="a COCO json with these images: writes detections.json as well, COCO results with its image ids, in its "
+        "pixels (for AP use --threshold 0 --dedupe 1)",
     )
     add(
         "--workers",

@@ -1,11 +1,15 @@
 """A training run: its state, and the folder it is written to."""
 
+import os
 import shlex
 import signal
+import socket
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -43,6 +47,7 @@ class Run:
 
     LOG_EVERY = 10  # steps between points in TensorBoard
     REPEATS = 5.0  # seconds in which another Ctrl-C is taken for the first one, passed on
+    PATIENCE = 5.0  # seconds that a wait may go on when the run was told to stop
 
     def __init__(
         self, config: Config, data: Data, model: DFine, device: torch.device, auxiliary: nn.Module | None = None
@@ -62,6 +67,8 @@ class Run:
         self.ap: float | None = None  # the last one; None: not known yet, or no boxes to find
         self.signalled, self.interrupted = False, False  # in this process; as agreed by all
         self.ctrl_c: float | None = None  # when the first one came
+        self.working, self.waits = threading.Lock(), 0  # held but while this process waits; how often it did
+        self.working.acquire()
         self.since_evaluation: list[dict[str, float]] = []
         self.board: SummaryWriter | None = None
         self.bar: tqdm = tqdm(disable=True)
@@ -127,6 +134,10 @@ class Run:
             self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.interrupt)
+        ears, mouth = socket.socketpair()
+        mouth.setblocking(False)
+        signal.set_wakeup_fd(mouth.fileno())
+        threading.Thread(target=self.cut_waits_short, args=(ears, mouth), daemon=True).start()
         say(f"{self.last_step - self.step} steps to go, {self.epoch_steps} an epoch")
 
     def enter(self) -> None:
@@ -148,6 +159,47 @@ class Run:
             if now - self.ctrl_c > self.REPEATS:
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While this process waits for pages or other processes, between two steps or in an evaluation."""
+        self.waits += 1
+        self.working.release()
+        try:
+            yield
+        finally:
+            self.working.acquire()
+
+    def cut_waits_short(self, ears: socket.socket, mouth: socket.socket) -> None:
+        """In a thread of its own: ends this process, saved, if it was told to stop and waits on for `PATIENCE`.
+
+        Pages may never come, from a disk or a worker that hangs, nor the other processes that wait for theirs. And
+        `interrupt` may not be called then: Python calls it between two of its own steps, and torch waits in one.
+
+        Args:
+            ears: where each signal's number arrives from `mouth`, which lives as long as this thread.
+        """
+        while ears.recv(1)[0] not in (signal.SIGTERM, signal.SIGINT):
+            pass
+        while True:
+            waits = self.waits
+            time.sleep(self.PATIENCE if distributed.is_main() else 2 * self.PATIENCE)  # the main process has to save
+            if self.working.acquire(blocking=False):
+                if waits == self.waits:
+                    self.leave_alone()
+                self.working.release()
+
+    def leave_alone(self) -> NoReturn:
+        """Saves and ends this process, without the others and whatever its threads wait for."""
+        status = 0 if distributed.world_size() == 1 else 1  # 1: torchrun then ends those that were not told
+        try:
+            if distributed.is_main() and self.step > self.saved:
+                self.write()
+            say(f"told to stop while waiting; saved at step {self.step}, go on with --resume")
+        except CheckpointError as error:
+            say(f"error: {error}")
+            status = 1
+        os._exit(status)
 
     def load(self, path: Path) -> None:
         """Takes up a saved step.
@@ -187,8 +239,12 @@ class Run:
             with tqdm(None, f"epoch {epoch + 1}", self.epoch_steps, initial=first, **bar) as self.bar:
                 while epoch * self.epoch_steps <= self.step < min(self.last_step, (epoch + 1) * self.epoch_steps):
                     self.began = time.perf_counter()
-                    self.batches, failure = fetch(batches, accumulate)
-                    self.interrupted |= distributed.any_process(self.signalled or failure is not None)
+                    with self.waiting():
+                        self.batches, failure = fetch(batches, accumulate)
+                        stop = self.agreed(self.signalled or failure is not None)
+                    if stop is None:
+                        self.leave_alone()
+                    self.interrupted |= stop
                     if self.interrupted:
                         self.leave(failure)
                         return
@@ -199,12 +255,24 @@ class Run:
                     if self.interrupted:  # in an evaluation
                         return
 
+    def agreed(self, stop: bool) -> bool | None:
+        """Whether any process wants to stop; None: this one shall, and another is gone already."""
+        try:
+            return distributed.any_process(stop)
+        except RuntimeError:  # its connection is gone
+            time.sleep(1)  # what ended it, or torchrun, may be telling this one, too
+            if self.signalled:
+                return None
+            raise
+
     def leave(self, failure: PageError | WorkerError | None) -> None:
         """Saves and says so, or raises the failure."""
         if self.step > self.saved:
             self.save()
         if failure is not None:
             cause = f"{failure}; stopped at step {self.step}, go on with --resume once it is mended"
+            if isinstance(failure, PageError) and not self.config.data.skip_unreadable:
+                cause += ", or without it: data.skip_unreadable=true"
             raise type(failure)(cause) from failure
         say(f"told to stop; saved at step {self.step}, go on with --resume")
 
@@ -250,10 +318,10 @@ class Run:
         Told to stop, it gives up and leaves the evaluation to the resumed run.
         """
         distributed.broadcast_buffers(self.ema.module)  # every process has its own batch-norm statistics
+        stop, bf16 = lambda: self.signalled, self.config.train.bf16
         try:
-            found = evaluate(
-                self.ema.module, self.data.val_batches, self.data.val, self.config.train.bf16, lambda: self.signalled
-            )
+            with self.waiting():
+                found = evaluate(self.ema.module, self.data.val_batches, self.data.val, bf16, stop)
         except Stopped:
             self.interrupted = True
             say(f"told to stop; saved at step {self.step}, go on with --resume")

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from dfine import distributed
 from dfine.checkpoints import ours
 from dfine.config import ConfigError, DataConfig
 from dfine.data.batches import TrainBatches, WorkerError
+from dfine.data.sources import CocoPages
 from dfine.data.transforms import PageError
 from dfine.inference import evaluation
 from dfine.model.detector import DFine
@@ -217,6 +219,40 @@ def test_a_run_that_loses_a_worker_is_saved_and_says_so(config: Path, tmp_path: 
     said = (tmp_path / "error").read_text()
     assert re.fullmatch(r"loading pages failed: .*worker.*; stopped at step \d, go on with --resume .*", said)
     assert f"step {state(tmp_path / 'run')['step']}," in said
+
+
+def waiting_for_pages(hang: Path, step: int, rank: int) -> None:
+    """From this step on the pages of one process never come, and in the middle of the wait all are told to stop."""
+    read = CocoPages.read
+
+    def never(source: CocoPages, index: int) -> Any:
+        while hang.exists() and os.environ.get("RANK", "0") == str(rank):
+            time.sleep(0.1)
+        return read(source, index)
+
+    def step_done(run: Run, values: dict[str, float]) -> None:
+        if run.step == step - 1:
+            hang.touch()
+            threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        whole(run, values)
+
+    whole, CocoPages.read, Run.step_done, Run.PATIENCE = Run.step_done, never, step_done, 1.0
+
+
+@pytest.mark.parametrize(("processes", "workers"), [(1, 0), (1, 1), (2, 0)])
+@pytest.mark.parametrize("step", [3, 8], ids=["in mid epoch", "in the evaluation"])
+def test_a_run_that_waits_for_pages_ends_saved_when_it_is_told_to_and_resumes(
+    config: Path, uninterrupted: Path, tmp_path: Path, processes: int, workers: int, step: int
+) -> None:
+    run, hang = tmp_path / "run", tmp_path / "hang"
+    own = (f"data.batch_size={2 // processes}", f"data.workers={workers}")
+    codes = ends(launch(stopped, config, run, own, waiting_for_pages, hang, step, processes - 1, count=processes))
+    assert codes == ([0] if processes == 1 else [1, 1])
+    assert state(run)["step"] - step in range(3 if workers else 1)  # a worker may be ahead
+    hang.unlink()
+    if processes == 1:
+        train(config, run, *own, "--resume")
+        assert same(state(run), state(uninterrupted))
 
 
 # One run at a time
