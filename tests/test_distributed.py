@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import ends, launch
-from tiny import freeze_batch_norms, noised, random_boxes, shaken, tiny_config, tiny_model
+from tiny import freeze_batch_norms, noised, random_boxes, shaken, target, tiny_config, tiny_model
 
 from dfine import distributed
 from dfine.config import BackboneConfig, DenoisingConfig, LossConfig, TrainConfig
@@ -17,8 +17,9 @@ from dfine.losses.criterion import criterion
 from dfine.model.backbone import Backbone
 from dfine.model.denoising import freshly_noised
 from dfine.model.detector import DFine
-from dfine.structures import NoisedTruth, Target
+from dfine.structures import Batch, NoisedTruth, Target
 from dfine.training import engine
+from dfine.training.metrics import finite_means
 
 
 def pages(boxes: tuple[int, ...]) -> list[Target]:
@@ -135,6 +136,28 @@ def mistaken_main(rank_file: Path) -> None:
 def test_what_stops_the_main_process_stops_all_with_the_same_words(tmp_path: Path) -> None:
     assert ends(launch(mistaken_main, tmp_path / "rank")) == [0, 0]
     assert "no number" in (tmp_path / "rank0").read_text() == (tmp_path / "rank1").read_text()
+
+
+def sees_a_loss_that_is_not_finite_on_rank_1(folder: Path, everywhere: bool) -> None:
+    distributed.start()
+    rank = distributed.rank()
+    nan, one = torch.tensor(float("nan")), torch.tensor(1.0)
+    batch = Batch(torch.zeros(1, 3, 32, 32), torch.tensor([[32, 32]]), [target([], image_id=10 + rank)])
+    try:
+        finite_means(3, [batch], [{"vfl": one, "l1": one if everywhere or not rank else nan}], nan)
+    except FloatingPointError as error:
+        (folder / str(rank)).write_text(str(error))
+    distributed.finish()
+
+
+@pytest.mark.parametrize(
+    ("everywhere", "said"), [(False, "l1, gradient_norm; image ids [11]"), (True, "gradient_norm; image ids [10, 11]")]
+)
+def test_all_processes_name_the_pages_of_the_one_whose_loss_is_not_finite(
+    tmp_path: Path, everywhere: bool, said: str
+) -> None:
+    assert ends(launch(sees_a_loss_that_is_not_finite_on_rank_1, tmp_path, everywhere)) == [0, 0]
+    assert [(tmp_path / rank).read_text() for rank in "01"] == [f"step 3: not finite: {said}"] * 2
 
 
 def test_one_process_asks_nobody() -> None:

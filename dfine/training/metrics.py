@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dfine import distributed
 from dfine.config import ConfigError
 from dfine.structures import Batch
 
@@ -18,13 +19,18 @@ def finite_means(step: int, batches: list[Batch], losses: list[dict[str, Tensor]
     Args:
         losses: of each batch, the same names in each; a tensor of several numbers counts as their sum.
     Raises:
-        FloatingPointError: one is not finite; names it, the step and the image ids.
+        FloatingPointError: one is not finite; names it, the step and the image ids. A gradient norm that is not finite
+            is so in every process: all of them name what the processes saw whose losses are not finite.
     """
     means = {name: torch.stack([each[name].detach().sum() for each in losses]).mean() for name in losses[0]}
     values = dict(zip([*means, "gradient_norm"], torch.stack([*means.values(), norm]).tolist(), strict=True))
     wrong = [name for name, value in values.items() if not np.isfinite(value)]
     if wrong:
         pages = [target.image_id for batch in batches for target in batch.targets]
+        everywhere = distributed.gather((wrong, pages)) if "gradient_norm" in wrong else [(wrong, pages)]
+        theirs = [seen for seen in everywhere if seen[0] != ["gradient_norm"]] or everywhere
+        wrong = [name for name in values if any(name in names for names, _ in theirs)]
+        pages = [page for _, seen in theirs for page in seen]
         raise FloatingPointError(f"step {step}: not finite: {', '.join(wrong)}; image ids {pages}")
     return values
 
