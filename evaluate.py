@@ -57,7 +57,7 @@ def main() -> None:
     engine.prepare(settings)
     pages = open_source(settings.data.val, "data.val")
     ids = category_ids(categories, pages.categories, options.checkpoint)
-    say(pages.summary())
+    say(pages.summary(settings.model.decoder.queries))
     if None in ids:
         unknown = ", ".join(c["name"] for c, number in zip(categories, ids, strict=True) if number is None)
         say(f"left out, since data.val does not have them: {unknown}")

@@ -80,6 +80,9 @@ class DecoderConfig(Section):
 
 class DenoisingConfig(Section):
     queries: Whole = 100  # groups = max(1, queries // most boxes of a page); 0: no denoising
+    # Most boxes of a page that are noised, drawn anew each step. All pages of a batch get slots for twice the boxes of
+    # its fullest, and attention is quadratic in them: a quickstart step took 2.9 GiB for 2,000, and takes 1.5 for 300.
+    max_boxes: Count = 300
     label_noise: Share = 0.25  # share of labels that are drawn anew
     box_noise: NonNegative = 1.0  # positives' corners move by up to this share of half the size, negatives' by 1x to 2x
 

@@ -75,6 +75,7 @@ class NoisedTruth(NamedTuple):
     labels: Tensor  # (B, 2 M groups) int64; C in padded slots
     boxes: Tensor  # (B, 2 M groups, 4); zero in padded slots
     groups: int
+    chosen: list[Tensor] | None = None  # the boxes of each page that are noised, on the CPU; None: all of all pages
 
 
 class Denoising(NamedTuple):

@@ -22,6 +22,11 @@ class Source(Protocol):
     sizes: list[tuple[int, int]]  # height, width of each page in pixels
     ids: list[int]  # image ids
 
+    @property
+    def counts(self) -> np.ndarray | None:
+        """(pages,) how many boxes each page has; None: that takes drawing it."""
+        ...
+
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Page (H, W, 3) uint8, labels (T,) int64, boxes (T, 4) float64 xyxy pixels."""
         ...
@@ -30,8 +35,8 @@ class Source(Protocol):
         """The truth as a COCO dictionary, for evaluation."""
         ...
 
-    def summary(self) -> str:
-        """Pages and boxes, for people."""
+    def summary(self, queries: int) -> str:
+        """Pages and boxes, for people; and what a model with so many queries cannot find of them."""
         ...
 
 
@@ -74,6 +79,7 @@ class CocoPages:
         self.boxes = boxes[own]
         self.labels = np.array([labels[things[i]["category_id"]] for i in own], dtype=np.int64)
         self.first = np.searchsorted(page[own], np.arange(len(pages) + 1))
+        self.counts = np.diff(self.first)
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         own = slice(self.first[index], self.first[index + 1])
@@ -84,22 +90,26 @@ class CocoPages:
         clip(coco)
         return coco
 
-    def summary(self) -> str:
-        boxes, pages = np.diff(self.first), len(self.ids)
-        text = f"{pages} pages of {self.annotations}, {len(self.boxes)} boxes"
+    def summary(self, queries: int) -> str:
+        boxes = self.counts
+        text = f"{len(boxes)} pages of {self.annotations}, {len(self.boxes)} boxes"
         text += f" ({boxes.mean():.1f} a page, at most {boxes.max()})"
         if len(self.boxes):
             width, height = np.median(self.boxes[:, 2:] - self.boxes[:, :2], axis=0)
             text += f", median {width:.0f}x{height:.0f} pixels"
         text += f"; {(boxes == 0).sum()} pages without boxes"
-        return f"{text}, {self.clipped} boxes clipped to their pages, {self.dropped} empty boxes dropped"
+        text += f", {self.clipped} boxes clipped to their pages, {self.dropped} empty boxes dropped"
+        if boxes.max() > queries:
+            lost, pages = (boxes - queries).clip(0), (boxes > queries).sum()
+            text += f"; {pages} pages have more boxes than the {queries} queries: {lost.sum()} cannot be found"
+        return text
 
 
 class SyntheticPages:
     """Drawn pages of `dfine.synthetic`; page i is the same as in a folder written with the same seed and style."""
 
     def __init__(self, pages: int, seed: int, style: str = "plain") -> None:
-        self.seed, self.style = seed, style
+        self.seed, self.style, self.counts = seed, style, None
         page_size, self.draw = STYLES[style]
         self.truth: dict[str, Any] = {}
         self.categories = [{"id": c["id"], "name": c["name"]} for c in CATEGORIES]
@@ -115,7 +125,7 @@ class SyntheticPages:
             self.truth = coco_dict(self.seed, len(self.ids), self.draw)
         return self.truth
 
-    def summary(self) -> str:
+    def summary(self, queries: int) -> str:
         return f"{len(self.ids)} drawn pages of seed {self.seed}, {self.style}"
 
 

@@ -16,7 +16,7 @@ from dfine.config import LossConfig
 from dfine.losses.detection import box_losses, fgl, vfl
 from dfine.losses.golsd import ddf, kl_of_edges, union
 from dfine.losses.matcher import match
-from dfine.model.denoising import match_denoising
+from dfine.model.denoising import match_denoising, noised_share
 from dfine.model.fdr import encode
 from dfine.structures import DFineOutput, Matches, Prediction, Refinement, Target, send
 
@@ -65,14 +65,15 @@ def criterion(output: DFineOutput, targets: list[Target], w: Tensor, config: Los
     refined, valid = output.refined, output.queries.valid
     layers, pages, queries = refined.logits.shape[:3]
     truth = Truth(torch.cat([t.labels for t in targets]), torch.cat([t.boxes for t in targets]))
-    groups, slots = 1, 0
+    groups, slots, chosen = 1, 0, None
     if output.denoising is not None:
-        groups, slots = output.denoising.queries.groups, output.denoising.queries.labels.shape[1]
+        noised = output.denoising.queries
+        groups, slots, chosen = noised.groups, noised.labels.shape[1], noised.chosen
 
     heads = stack(refined, output.initial, output.encoder)
     matches = match(heads.logits, heads.boxes, targets, config.matcher, config.matcher.encoder_queries, valid)
     union_pairs = union(matches, queries, last=layers - 1)
-    denoising_matches = match_denoising(targets, groups)
+    denoising_matches = match_denoising(targets, groups, chosen)
     pairs, positives = len(union_pairs.query), len(denoising_matches.query)
     numbers = torch.tensor([len(truth.labels), pairs, pairs, positives, pages * slots - positives])
 
@@ -92,7 +93,8 @@ def criterion(output: DFineOutput, targets: list[Target], w: Tensor, config: Los
         refined, heads = output.denoising.refined, stack(output.denoising.refined, output.denoising.initial)
         matches = every_head(denoising_matches, layers + 1)
         # DDF's two means are combined as those of the matching queries are: so the original does.
-        normalisers = Normalisers(shares.boxes * groups, shares.boxes * groups, shares.slots, counts.queries)
+        boxes = shares.boxes * groups * noised_share(targets, chosen)
+        normalisers = Normalisers(boxes, boxes, shares.slots, counts.queries)
         terms = supervise(refined, heads, matches, denoising_matches, truth, w, normalisers, config)
         losses |= split_heads(terms, layers, ("_denoising", "_denoising_initial"))
     return losses

@@ -28,7 +28,7 @@ from dfine.boxes import full_precision, iou
 from dfine.config import DistillConfig, MatcherConfig
 from dfine.losses.golsd import ddf, kl_of_edges
 from dfine.losses.matcher import match
-from dfine.model.denoising import match_denoising
+from dfine.model.denoising import match_denoising, noised_share
 from dfine.model.detector import DFine, mask_logits
 from dfine.model.fdr import decode, encode, soft_bins
 from dfine.structures import Batch, Cells, DFineOutput, Matches, NoisedTruth, Refinement, Target, send
@@ -78,9 +78,9 @@ def distillation(
         valid = noised.labels < teacher.refined.logits.shape[-1]  # (B, K): padded slots have no part
         answers = (mask_logits(student.denoising.refined, valid), mask_logits(teacher.denoising.refined, valid))
         terms = {term.removesuffix("_denoising") for term in terms}
-        found = of_queries(*answers, terms, config, truth * noised.groups)
+        found = of_queries(*answers, terms, config, truth * noised.groups * noised_share(targets, noised.chosen))
         if "go_lsd" in terms:
-            matches = match_denoising(targets, noised.groups).to(valid.device)
+            matches = match_denoising(targets, noised.groups, noised.chosen).to(valid.device)
             found["go_lsd"] = go_lsd(*answers, w, teacher_w, targets, temperature, matches, valid)
         losses |= {f"{term}_denoising": loss for term, loss in found.items()}
     if terms := weights.keys() & CELLS:

@@ -1,7 +1,7 @@
 """Contrastive denoising (DINO, arXiv 2203.03605, section 3.3): queries that start from noised truth.
 
-A group holds M positives, then M negatives, M being the most boxes of any page of this process's batch: positives
-are moved a little and must find their box again, negatives are moved further and must answer "nothing".
+A group holds M positives, then M negatives, M being the most boxes of any page of this process's batch, up to a limit:
+positives are moved a little and must find their box again, negatives are moved further and must answer "nothing".
 Shorter pages fill up with padded slots: ordinary visible queries with zero content and a zero box.
 `draw_noise` draws, `noised_truth` computes, so that recorded draws can be replayed.
 """
@@ -20,8 +20,30 @@ def freshly_noised(targets: list[Target], classes: int, config: DenoisingConfig)
     """The denoising queries of a batch, from new noise; None where there shall be none."""
     if config.queries == 0:
         return None
+    chosen = draw_boxes(targets, config.max_boxes)
+    if chosen is not None:
+        targets = [
+            target._replace(labels=target.labels[boxes.to(target.labels.device)], boxes=target.boxes[boxes])
+            for target, boxes in zip(targets, chosen, strict=True)
+        ]
     noise = draw_noise(targets, config.queries, classes)
-    return noised_truth(targets, noise, config.queries, classes, config.label_noise, config.box_noise)
+    noised = noised_truth(targets, noise, config.queries, classes, config.label_noise, config.box_noise)
+    return noised._replace(chosen=chosen)
+
+
+def draw_boxes(targets: list[Target], most: int) -> list[Tensor] | None:
+    """Draws which boxes of each page are noised, at most so many, in order; None, without a draw: all of all pages.
+
+    From torch's global generator of the CPU.
+    """
+    if most_boxes(targets) <= most:
+        return None
+    return [torch.randperm(len(target.labels))[:most].sort().values for target in targets]
+
+
+def noised_share(targets: list[Target], chosen: list[Tensor] | None) -> float:
+    """Of the boxes of this process's batch: those that are noised stand for the others, too."""
+    return sum(map(len, chosen)) / sum(len(target.labels) for target in targets) if chosen else 1.0
 
 
 class Noise(NamedTuple):
@@ -95,15 +117,19 @@ def attention_mask(slots: int, groups: int, queries: int, device: torch.device) 
     return (group[:, None] != group) & (group < groups)
 
 
-def match_denoising(targets: list[Target], groups: int) -> Matches:
-    """The fixed assignment: in every group the j-th positive of a page belongs to its j-th box. On the CPU."""
-    most = most_boxes(targets)
+def match_denoising(targets: list[Target], groups: int, chosen: list[Tensor] | None = None) -> Matches:
+    """The fixed assignment: in every group the j-th positive of a page belongs to its j-th noised box. On the CPU.
+
+    Args:
+        chosen: which boxes of each page are noised, as in `NoisedTruth`.
+    """
+    chosen = chosen or [torch.arange(len(target.labels)) for target in targets]
+    most = max((len(boxes) for boxes in chosen), default=0)
     batch, query, target, first = [], [], [], 0
-    for i, page in enumerate(targets):
-        boxes = len(page.labels)
-        j = torch.arange(boxes).repeat(groups)
+    for i, (page, boxes) in enumerate(zip(targets, chosen, strict=True)):
+        j = torch.arange(len(boxes)).repeat(groups)
         batch.append(torch.full_like(j, i))
-        query.append(j + 2 * most * torch.arange(groups).repeat_interleave(boxes))
-        target.append(j + first)
-        first += boxes
+        query.append(j + 2 * most * torch.arange(groups).repeat_interleave(len(boxes)))
+        target.append(boxes.repeat(groups) + first)
+        first += len(page.labels)
     return Matches(None, torch.cat(batch), torch.cat(query), torch.cat(target))

@@ -61,7 +61,8 @@ def open_data(config: Config) -> Data:
             f"data.val.annotations: its categories {val.categories} are not those of data.train: {train.categories}"
         )
     labels = ", ".join(f"{label} {c['name']} (id {c['id']})" for label, c in enumerate(train.categories))
-    say(f"train: {train.summary()}\nval: {val.summary()}\nlabels: {labels}")
+    queries = config.model.decoder.queries
+    say(f"train: {train.summary(queries)}\nval: {val.summary(queries)}\nlabels: {labels}")
     batches, sampler = train_loader(train, config)
     return Data(train, val, batches, sampler, evaluation_loader(val, config))
 

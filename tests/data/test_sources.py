@@ -42,7 +42,7 @@ def test_boxes_are_clipped_to_the_page_and_empty_ones_dropped_and_counted(tmp_pa
     assert source.read(0)[2].tolist() == [[0, 0, 5, 5], [25, 35, 30, 40]]
     assert source.dropped == 4
     assert source.clipped == 2
-    assert "2 boxes clipped to their pages, 4 empty boxes dropped" in source.summary()
+    assert "2 boxes clipped to their pages, 4 empty boxes dropped" in source.summary(queries=300)
 
 
 def test_slivers_are_dropped_and_counted_like_empty_boxes(tmp_path: Path) -> None:
@@ -96,6 +96,15 @@ def test_labels_are_the_sorted_category_ids_made_contiguous(tmp_path: Path) -> N
     assert [category["id"] for category in source.categories] == [1, 3, 7]
     assert [category["name"] for category in source.categories] == ["text", "table", "figure"]
     assert source.read(0)[1].tolist() == [2, 1, 0]
+
+
+def test_boxes_beyond_the_queries_are_counted_at_the_start(tmp_path: Path) -> None:
+    boxes = [annotation(i, [1, 1, 9, 9]) for i in (1, 1, 1, 2, 2, 3, 3, 3, 3)]
+    source = CocoPages(*write(tmp_path, [image(i) for i in range(4)], boxes))
+    assert source.counts is not None
+    assert source.counts.tolist() == [0, 3, 2, 4]
+    assert "2 pages have more boxes than the 2 queries: 3 cannot be found" in source.summary(queries=2)
+    assert "more boxes" not in source.summary(queries=4)
 
 
 def test_boxes_go_to_their_page_whatever_the_order_of_the_json_and_image_id_0_is_an_id(tmp_path: Path) -> None:

@@ -234,6 +234,16 @@ def test_the_number_of_denoising_groups_does_not_change_their_losses():
     close(criterion(with_denoising(made_up(), most=2, groups=5), PAGES, W, CONFIG), one)
 
 
+def test_boxes_that_are_not_noised_neither_count_nor_dilute_what_is():
+    """Of a page's two boxes the second is noised: as if the page had no other."""
+    output = with_denoising(made_up(), most=1, groups=3)
+    queries = output.denoising.queries._replace(chosen=[torch.tensor([1]), torch.tensor([0])])
+    some = criterion(output._replace(denoising=output.denoising._replace(queries=queries)), PAGES, W, CONFIG)
+    alone = criterion(output, [page([0.7, 0.6, 0.3, 0.2], labels=[2]), PAGES[1]], W, CONFIG)
+    for name in ("vfl", "l1", "giou", "fgl"):
+        torch.testing.assert_close(some[f"{name}_denoising"], alone[f"{name}_denoising"])
+
+
 def test_positives_that_find_their_boxes_cost_no_box_loss():
     output = with_denoising(made_up(), most=2, groups=3)
     fixed, truth = match_denoising(PAGES, 3), torch.cat([p.boxes for p in PAGES])

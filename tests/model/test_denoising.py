@@ -6,7 +6,7 @@ find it; negatives start farther off and must answer "nothing".
 
 import pytest
 import torch
-from tiny import target
+from tiny import random_boxes, target
 
 from dfine.boxes import cxcywh_to_xyxy
 from dfine.config import DenoisingConfig
@@ -180,6 +180,44 @@ def test_the_same_seed_draws_the_same_noise():
 def test_without_denoising_queries_there_is_no_denoising():
     assert freshly_noised(TWO_AND_ONE, 10, DenoisingConfig(queries=0)) is None
     assert freshly_noised(TWO_AND_ONE, 10, DenoisingConfig(queries=1)).groups == 1
+
+
+# Pages with more boxes than are noised
+
+
+def crowded(boxes: int, label: int = 4) -> Target:
+    torch.manual_seed(9)
+    return target(random_boxes(boxes).tolist(), [label] * boxes)
+
+
+def test_of_a_crowded_page_some_boxes_are_noised_in_their_order_and_others_the_next_time():
+    pages = [crowded(50), target([BOX, BOX])]
+    still = DenoisingConfig(queries=6, max_boxes=7, label_noise=0.0, box_noise=0.0)
+    torch.manual_seed(0)
+    first, second = freshly_noised(pages, 10, still), freshly_noised(pages, 10, still)
+    assert first.labels.shape == (2, 2 * 7)
+    assert first.groups == 1
+    for noised in (first, second):
+        assert [len(boxes) for boxes in noised.chosen] == [7, 2]
+        assert noised.chosen[0].tolist() == sorted(set(noised.chosen[0].tolist()))
+        matches = match_denoising(pages, noised.groups, noised.chosen)
+        assert len(matches.query) == 9
+        truth = torch.cat([page.boxes for page in pages])
+        torch.testing.assert_close(noised.boxes[matches.batch, matches.query], truth[matches.target])
+        assert matches.target[matches.batch == 1].tolist() == [50, 51]
+    assert first.chosen[0].tolist() != second.chosen[0].tolist()
+    drawn = {int(i) for _ in range(100) for i in freshly_noised(pages, 10, still).chosen[0]}
+    assert drawn == set(range(50))
+
+
+def test_as_long_as_all_boxes_are_noised_the_limit_changes_no_draw():
+    for limit in (2, 300):
+        torch.manual_seed(5)
+        noised = freshly_noised(TWO_AND_ONE, 10, DenoisingConfig(queries=6, max_boxes=limit))
+        torch.manual_seed(5)
+        assert noised.chosen is None
+        replayed = replay(TWO_AND_ONE, draw_noise(TWO_AND_ONE, 6, 10), queries=6)
+        assert torch.equal(noised.boxes, replayed.boxes)
 
 
 # Who sees whom

@@ -100,7 +100,7 @@ def test_a_source_draws_the_style_that_is_asked_for(drawn: list[Drawn]) -> None:
     np.testing.assert_array_equal(image, drawn[2][0])
     np.testing.assert_array_equal(labels, drawn[2][1])
     np.testing.assert_array_equal(boxes[:, 2:] - boxes[:, :2], drawn[2][2][:, 2:])
-    assert "documents" in source.summary()
+    assert "documents" in source.summary(queries=300)
 
 
 def test_a_folder_drawn_by_two_processes_is_what_a_source_draws(tmp_path: Path, drawn: list[Drawn]) -> None:
