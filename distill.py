@@ -20,6 +20,7 @@ from dfine.losses.criterion import criterion, scheduled, total
 from dfine.losses.distillation import (
     active,
     distillation,
+    end_epoch,
     memory_projection,
     on_labelled_pages,
     student_forward,
@@ -47,6 +48,11 @@ def main() -> None:
     projection = memory_projection(model, teacher).to(device) if "memory" in active(settings.distill, 0) else None
     run = Run(settings, data, model, device, projection)
     run.open(options.resume)
+    ends, blank = end_epoch(settings.distill), 0 if data.train.counts is None else (data.train.counts == 0).sum()
+    if settings.distill.alpha and blank and ends < run.last_step / run.epoch_steps:
+        distributed.say(
+            f"distillation ends after epoch {ends:g}: {blank} pages without boxes teach nothing from then on"
+        )
     replica = engine.parallel(model, settings.train, device, settings.data.batch_size)
     projected = engine.replicated(run.auxiliary)
 

@@ -197,6 +197,18 @@ def test_pages_without_boxes_are_taught_by_the_teacher_alone(folder: Path, tmp_p
     assert logged["distill_cell_class"] > 0
 
 
+@pytest.mark.parametrize("shared", [0, 1])
+def test_a_run_says_when_distillation_ends_and_pages_without_boxes_teach_nothing_any_more(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], shared: int
+) -> None:
+    own = pages(tmp_path / "pages", count=3, empty=(0, 1))
+    data = [f"data.train.{key}={value}" for key, value in own.items()]
+    data += ["distill.memory.end_epoch=.01", "distill.cells.end_epoch=.02", f"distill.shared={shared}"]
+    distill(folder, tmp_path / "run", "train.max_steps=1", *data)
+    said = "distillation ends after epoch 0.02: 2 pages without boxes teach nothing from then on\n"
+    assert (said in capsys.readouterr().out) == (shared == 0)
+
+
 def test_a_non_finite_term_stops_with_its_name_and_the_images_and_keeps_the_checkpoint(
     folder: Path, tmp_path: Path
 ) -> None:

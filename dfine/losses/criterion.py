@@ -82,6 +82,7 @@ def criterion(output: DFineOutput, targets: list[Target], w: Tensor, config: Los
     numbers, matches = next(sent), Matches(*islice(sent, 4))
     union_pairs, denoising_matches = Matches(None, *islice(sent, 3)), Matches(None, *islice(sent, 3))
     numbers[2] = valid.sum() - numbers[2]  # only the device knows how many queries are valid
+    numbers[4] -= slots * (~valid.any(1)).sum()  # pages that the truth does not teach: see `on_labelled_pages`
     numbers = distributed.sum_over_processes(numbers.to(w.dtype))
     counts = Counts.of(numbers)
     shares = Counts.of(numbers.clamp(min=1) / distributed.world_size())

@@ -272,6 +272,14 @@ def fading(epoch: float, end_epoch: float) -> float:
     return max(0.0, 1 - epoch / end_epoch) if end_epoch else 1.0
 
 
+def end_epoch(config: DistillConfig) -> float:
+    """Epochs after which no term counts any more, and the teacher teaches nothing; infinite if some always do."""
+    if active(config, float("inf")):
+        return float("inf")
+    ends = {"cell_class": config.cells.end_epoch, "cell_box": config.cells.end_epoch, "memory": config.memory.end_epoch}
+    return max((ends[term] for term in active(config, 0)), default=0.0)
+
+
 def teacher_forward(
     teacher: DFine, batch: Batch, noised: NoisedTruth | None, weights: dict[str, float]
 ) -> DFineOutput | None:

@@ -23,7 +23,7 @@ def freshly_noised(targets: list[Target], classes: int, config: DenoisingConfig)
     chosen = draw_boxes(targets, config.max_boxes)
     if chosen is not None:
         targets = [
-            target._replace(labels=target.labels[boxes.to(target.labels.device)], boxes=target.boxes[boxes])
+            target._replace(labels=target.labels[boxes], boxes=target.boxes[boxes])
             for target, boxes in zip(targets, chosen, strict=True)
         ]
     noise = draw_noise(targets, config.queries, classes)

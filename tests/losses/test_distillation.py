@@ -1,6 +1,7 @@
 """Distillation: the teacher's distributions in the student's frame, three losses on shared queries, and who learns."""
 
-from math import log, sqrt
+from math import inf, log, sqrt
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from dfine.losses.distillation import (
     class_kl,
     class_mse,
     distillation,
+    end_epoch,
     go_lsd,
     memory_distance,
     memory_projection,
@@ -587,6 +589,22 @@ def test_the_teacher_alone_teaches_the_student_also_from_pages_without_boxes():
     assert all((grad != 0).any() for name, grad in gradients.items() if name.startswith(("encoder", "selection")))
 
 
+@pytest.mark.parametrize(
+    ("changes", "end"),
+    [
+        ({}, inf),
+        ({"shared": 0, "cells": {"end_epoch": 2}, "memory": {"end_epoch": 0.5}}, 2),
+        ({"shared": 0, "cells": {"end_epoch": 0.2}, "memory": {"end_epoch": 0.5}}, 0.5),
+        ({"shared": 0, "cells": {"classes": 0}, "memory": {"end_epoch": 0.5}}, 0.5),
+        ({"shared": 0, "cells": {"end_epoch": 2}, "memory": {}}, inf),
+        ({"shared": 0, "denoising": 1, "cells": {"end_epoch": 2}, "memory": {"weight": 0}}, inf),
+        ({"alpha": 0}, 0),
+    ],
+)
+def test_when_the_last_term_ends(changes: dict[str, Any], end: float):
+    assert end_epoch(DistillConfig.model_validate(changes)) == end
+
+
 def test_the_truth_teaches_nothing_on_pages_without_boxes():
     """Which may hold everything and wait for their annotations: the losses are those of the other pages."""
     student, teacher = shaken(tiny_model()), shaken(tiny_model(), 0.2).eval()
@@ -597,14 +615,25 @@ def test_the_truth_teaches_nothing_on_pages_without_boxes():
     for answer in (*answers, first):
         answer.retain_grad()
     own = criterion(on_labelled_pages(output, targets), targets, student.decoder.w, LOSS)
+
+    def first_page(refined: Refinement) -> Refinement:
+        return Refinement(*(x[:, :1] for x in refined[:3]), refined.initial_boxes[:1])
+
+    noised = output.denoising.queries
     alone = output._replace(
-        refined=Refinement(*(x[:, :1] for x in output.refined[:3]), output.refined.initial_boxes[:1]),
+        refined=first_page(output.refined),
         initial=Prediction(*(x[:1] for x in output.initial)),
         encoder=Prediction(*(x[:1] for x in output.encoder)),
         queries=Queries(*(x[:1] for x in output.queries)),
-        denoising=None,
+        denoising=Denoising(
+            first_page(output.denoising.refined),
+            Prediction(*(x[:1] for x in output.denoising.initial)),
+            NoisedTruth(noised.labels[:1], noised.boxes[:1], noised.groups),
+        ),
     )
-    for name, loss in criterion(alone, targets[:1], student.decoder.w, LOSS).items():
+    expected = criterion(alone, targets[:1], student.decoder.w, LOSS)
+    assert own.keys() == expected.keys()
+    for name, loss in expected.items():
         torch.testing.assert_close(own[name], loss)
     sum(loss.sum() for loss in own.values()).backward()
     for answer in answers:
