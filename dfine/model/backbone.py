@@ -41,8 +41,13 @@ class Backbone(nn.Module):
             if missing:
                 raise ConfigError(f"model.strides: {config.name} has strides {reductions}, but not {missing}")
             self.indices = [reductions.index(stride) for stride in strides]
+            kwargs: dict[str, Any] = {}
             if self.indices[-1] + 1 < len(reductions):  # later stages would be parameters without a gradient
-                body = _create(config, out_indices=range(self.indices[-1] + 1))
+                kwargs["out_indices"] = range(self.indices[-1] + 1)
+            if body.pretrained_cfg.get("fixed_input_size"):
+                body = _create_for_any_size(config, body, strides[-1], kwargs)
+            elif kwargs:
+                body = _create(config, **kwargs)
         if config.checkpointing:
             if not hasattr(body, "set_grad_checkpointing"):
                 raise ConfigError(f"model.backbone.checkpointing: timm offers none for the maps of {config.name}")
@@ -54,11 +59,10 @@ class Backbone(nn.Module):
         self.body = body
         self.channels_behind = getattr(body, "output_fmt", Format.NCHW) == Format.NHWC
         self.channels = [body.feature_info.channels()[i] for i in self.indices]
-        pretrained_cfg = timm.get_pretrained_cfg(config.name)
-        side = pretrained_cfg.input_size[-1] if pretrained_cfg else 224
-        self.side = math.ceil(side / strides[-1]) * strides[-1]  # where a model takes one size alone, it is this one
-        self.mean = tuple(pretrained_cfg.mean) if pretrained_cfg else (0.485, 0.456, 0.406)  # ImageNet's
-        self.std = tuple(pretrained_cfg.std) if pretrained_cfg else (0.229, 0.224, 0.225)
+        said = body.pretrained_cfg  # of the created model: a name with a scheme, such as `hf-hub:`, has its own
+        self.side = math.ceil(said.get("input_size", (3, 224, 224))[-1] / strides[-1]) * strides[-1]
+        self.mean = tuple(said.get("mean", (0.485, 0.456, 0.406)))  # ImageNet's
+        self.std = tuple(said.get("std", (0.229, 0.224, 0.225)))
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(B, 3, H, W) normalised -> a (B, channels, H / stride, W / stride) map for each stride it has."""
@@ -144,9 +148,43 @@ def _create_plain(config: BackboneConfig, body: Any, strides: tuple[int, ...]) -
     return body
 
 
+def _create_for_any_size(config: BackboneConfig, body: Any, stride: int, kwargs: dict[str, Any]) -> Any:
+    """A model that timm takes for one of a single input size, made for any.
+
+    Raises:
+        ConfigError: pages of another shape do not go through it.
+    """
+    for option in ({}, {"strict_img_size": False}, {"dynamic_img_size": True}):
+        try:
+            body = _create(config, **kwargs, **option) if kwargs or option else body
+        except ConfigError:  # timm's class has no such option
+            continue
+        if _takes_any_size(body, stride):
+            return body
+    raise ConfigError(f"model.backbone.name: timm's {config.name} takes pages of one size alone")
+
+
+@torch.no_grad()
+def _takes_any_size(body: Any, stride: int) -> bool:
+    """Whether pages go through that are longer on one side than those of timm's weights, and shorter on the other."""
+    training, side = body.training, body.pretrained_cfg["input_size"][-1]
+    long, short = (2 * math.ceil(side / stride) + 1) * stride, 3 * stride
+    body.eval()
+    try:
+        for height, width in ((long, short), (short, long)):
+            body(torch.zeros(1, 3, height, width))
+    except (RuntimeError, AssertionError, IndexError, ValueError):  # each family has its own
+        return False
+    finally:
+        body.train(training)
+    return True
+
+
 def _advice(config: BackboneConfig, error: Exception) -> str:
     """What to do about a backbone that timm would not make."""
     architecture, _, tag = config.name.partition(".")
+    if ":" in config.name:
+        return f"model.backbone.name: cannot make {config.name} ({type(error).__name__}: {error})"
     if not timm.is_model(config.name):
         near = timm.list_models(f"*{architecture}*")[:5]
         near = near or difflib.get_close_matches(architecture, timm.list_models(), n=5)

@@ -1,5 +1,6 @@
 """The backbone: any timm model that has maps at the configured strides; what it lacks it says by name."""
 
+import json
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -56,6 +57,16 @@ def test_mean_and_std_are_those_the_weights_were_trained_with():
     assert untrained("test_convnext").mean == untrained("test_convnext").std == (0.5, 0.5, 0.5)
 
 
+def test_a_name_with_a_scheme_has_the_mean_and_std_of_its_own_config(tmp_path: Path):
+    said = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 96, 96]}
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_convnext", "pretrained_cfg": said}))
+    backbone = untrained(f"local-dir:{tmp_path}")
+    assert (backbone.mean, backbone.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert backbone.random_page().shape == (1, 3, 96, 96)
+    with pytest.raises(ConfigError, match=r"model.backbone.name: cannot make local-dir:\S+none \("):
+        untrained(f"local-dir:{tmp_path / 'none'}")
+
+
 @pytest.mark.parametrize("name", ["test_convnext", "test_resnet"])
 def test_checkpointing_trades_time_for_memory_and_changes_no_gradient(name: str):
     gradients = []
@@ -87,7 +98,22 @@ def test_a_plain_transformer_has_the_map_of_its_last_block_for_pages_of_any_shap
     assert all(parameter.grad is not None for parameter in backbone.parameters())
 
 
+def test_windows_are_laid_on_pages_of_any_shape_where_timm_can():
+    """It refuses other pages than the weights', unless it is told otherwise."""
+    torch.manual_seed(0)
+    backbone = untrained("swin_tiny_patch4_window7_224")
+    with torch.no_grad():
+        maps = backbone(torch.rand(1, 3, 96, 160))
+    assert [tuple(x.shape[1:]) for x in maps] == [(192, 12, 20), (384, 6, 10), (768, 3, 5)]
+
+
 # What goes wrong
+
+
+@pytest.mark.parametrize("name", ["efficientformerv2_s0", "mvitv2_tiny"])
+def test_backbones_of_one_size_are_refused_by_name(name: str):
+    with pytest.raises(ConfigError, match=rf"model\.backbone\.name: timm's {name} takes pages of one size alone"):
+        untrained(name)
 
 
 @pytest.mark.parametrize(
