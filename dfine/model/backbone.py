@@ -143,7 +143,7 @@ def _create_plain(config: BackboneConfig, body: Any, strides: tuple[int, ...]) -
     any_size = {"dynamic_img_size": True}
     takes = inspect.signature(type(body.model)).parameters  # others are ready, or have no positions to resize
     body = _create(config, out_indices=(-1,), **(any_size if any_size.keys() <= takes.keys() else {}))
-    if getattr(getattr(body.model, "patch_embed", None), "strict_img_size", False):
+    if not _takes_any_size(body, strides[-1]):
         raise ConfigError(f"model.backbone.name: timm's {name} takes pages of one size alone")
     return body
 
@@ -167,7 +167,7 @@ def _create_for_any_size(config: BackboneConfig, body: Any, stride: int, kwargs:
 @torch.no_grad()
 def _takes_any_size(body: Any, stride: int) -> bool:
     """Whether pages go through that are longer on one side than those of timm's weights, and shorter on the other."""
-    training, side = body.training, body.pretrained_cfg["input_size"][-1]
+    training, (_, _, side) = body.training, body.pretrained_cfg.get("input_size", (3, 224, 224))
     long, short = (2 * math.ceil(side / stride) + 1) * stride, 3 * stride
     body.eval()
     try:

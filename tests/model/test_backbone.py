@@ -110,7 +110,7 @@ def test_windows_are_laid_on_pages_of_any_shape_where_timm_can():
 # What goes wrong
 
 
-@pytest.mark.parametrize("name", ["efficientformerv2_s0", "mvitv2_tiny"])
+@pytest.mark.parametrize("name", ["efficientformerv2_s0", "mvitv2_tiny", "volo_d1_224"])
 def test_backbones_of_one_size_are_refused_by_name(name: str):
     with pytest.raises(ConfigError, match=rf"model\.backbone\.name: timm's {name} takes pages of one size alone"):
         untrained(name)
