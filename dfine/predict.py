@@ -94,8 +94,9 @@ from tqdm import tqdm
 
 from dfine.data.batches import PageLoader, leave_signals_to_the_main_process
 from dfine.data.transforms import PageError
+from dfine.files import lock
 from dfine.inference.documents import MARK, PageLocation, list_pages, read
-from dfine.inference.pages import PageResult, as_it_is, load
+from dfine.inference.pages import Detector, PageResult, as_it_is, load
 from dfine.inference.pictures import draw
 from dfine.inference.results import CocoImages, JsonList, page_entry, read_predictions
 
@@ -119,6 +120,19 @@ def main() -> int:
     if not locations:
         return 1
     options.out.mkdir(parents=True, exist_ok=True)
+    with lock(options.out, "--out"):
+        predict(options, detector, coco, locations, report)
+    return int(bool(errors))
+
+
+def predict(
+    options: argparse.Namespace,
+    detector: Detector,
+    coco: CocoImages | None,
+    locations: list[PageLocation],
+    report: Callable[[PageError], None],
+) -> None:
+    """Writes what is found on the pages into the folder, and says so."""
     predictions = options.out / "predictions.json"
     former = read_predictions(predictions) if options.resume else []
     done = {(entry["file"], entry["page"]) for entry in former}
@@ -146,7 +160,6 @@ def main() -> int:
         write_coco(coco, predictions, options.out / "detections.json", report)
         written.append("detections.json")
     print(f"{results.length} pages in {options.out}: {', '.join(written)}")
-    return int(bool(errors))
 
 
 class Drawing(Dataset):

@@ -28,17 +28,20 @@ import sys
 
 from dfine.data.synthetic.pages import write_folder
 from dfine.data.synthetic.styles import STYLES
+from dfine.files import lock
 
 
 def main() -> None:
     options = arguments()
     _, draw = STYLES[options.style]
-    write_folder(options.out, options.seed, options.pages, draw, options.workers)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with lock(options.out, "--out"):
+        write_folder(options.out, options.seed, options.pages, draw, options.workers)
     print(f"{options.pages} pages in {options.out / 'images'}, their boxes in {options.out / 'annotations.json'}")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except OSError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
