@@ -31,6 +31,7 @@ from dfine import config
 from dfine.boxes import cxcywh_to_xyxy
 from dfine.data.batches import train_loader
 from dfine.data.sources import open_source
+from dfine.files import try_writing
 from dfine.inference.pictures import draw, grid
 
 
@@ -39,6 +40,7 @@ def main() -> None:
     settings = config.load(options.config, options.overrides)
     source = open_source(settings.data.train, "data.train")
     names = [category["name"] for category in source.categories]
+    try_writing(options.out.parent, "--out")
 
     drawn: list[np.ndarray] = []
     for batch in train_loader(source, settings)[0]:
@@ -48,7 +50,6 @@ def main() -> None:
             drawn.append(draw(page, target.labels.numpy(), boxes.numpy(), names, legend=True))
         if len(drawn) >= options.pages:
             break
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(grid(drawn, columns=6)).save(options.out)
     print(f"{options.out}: {len(drawn)} pages as data.augment of {options.config} changes them")
 

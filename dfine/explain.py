@@ -44,6 +44,7 @@ from dfine.checkpoints.loading import load_model
 from dfine.checkpoints.onnx_format import is_onnx
 from dfine.config import Config, ConfigError, DataConfig, LossConfig
 from dfine.data.transforms import PageError, pad, sized
+from dfine.files import try_writing, write_whole
 from dfine.inference import DEDUPE
 from dfine.inference.documents import list_pages, read
 from dfine.inference.evaluation import finite
@@ -73,6 +74,7 @@ def main() -> None:
     options = arguments()
     if is_onnx(options.checkpoint):
         raise ConfigError(f"{options.checkpoint}: an ONNX file hides its layers: name the checkpoint that it is from")
+    try_writing(options.out.parent, "--out")
     location = next(list_pages([options.file], options.page))
     if isinstance(location, PageError):
         raise location
@@ -82,8 +84,7 @@ def main() -> None:
         target = truth_of(location, page.shape[:2], options.annotations, categories, options.checkpoint)
     model.deploy()
     data = explained(model, config, categories, page, str(location), target) | {"checkpoint": options.checkpoint}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(as_html(data), encoding="utf-8")
+    write_whole({options.out: as_html(data)})
     print(f"{options.out}: {location} with {len(data['queries'])} queries; open it in a browser")
 
 

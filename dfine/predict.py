@@ -84,6 +84,7 @@ if __name__ == "__main__":
 import json
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -94,7 +95,7 @@ from tqdm import tqdm
 
 from dfine.data.batches import PageLoader, leave_signals_to_the_main_process
 from dfine.data.transforms import PageError
-from dfine.files import lock
+from dfine.files import lock, write_whole
 from dfine.inference.documents import MARK, PageLocation, list_pages, read
 from dfine.inference.pages import Detector, PageResult, as_it_is, load
 from dfine.inference.pictures import draw
@@ -215,11 +216,12 @@ def write_coco(coco: CocoImages, predictions: Path, path: Path, report: Callable
             results += coco.results(entry)
         except PageError as error:
             report(error)
-    path.write_text(json.dumps(results))
+    write_whole({path: json.dumps(results)})
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    warnings.showwarning = lambda message, *_, **__: tqdm.write(f"note: {message}", file=sys.stderr)
     try:
         sys.exit(main())
     except (ValueError, FloatingPointError, OSError) as error:

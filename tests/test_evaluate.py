@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from coco_folder import CATEGORIES, annotation, evaluated, five_pages, image, write
+from processes import at_most
 from published import publish_recorded
 from pycocotools.coco import COCO
 from scripts import TINY, evaluations, same
@@ -145,6 +146,25 @@ def test_the_files_are_written_even_if_nobody_reads_what_is_printed(best: Path) 
     assert "Broken" not in said
     assert (best.parent / "best.metrics.json").exists()
     assert (best.parent / "best.detections.json").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_before_any_page_is_read(
+    best: Path, tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evaluate.find", lambda *_, **__: pytest.fail("it evaluated"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=rf"run_dir: cannot write to {tmp_path / 'file'} "):
+        script("--checkpoint", best, f"run_dir={tmp_path / 'file'}")
+
+
+def test_what_was_measured_is_said_even_if_it_cannot_be_written_and_no_part_of_it_is_left(
+    best: Path, script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("evaluate.try_writing", lambda *_: None)  # the disk becomes full later
+    with at_most(3000), pytest.raises(ConfigError, match=r"cannot write .*best.detections.json \(File too large\)"):
+        script("--checkpoint", best)
+    assert "AP50" in capsys.readouterr().out
+    assert [path.name for path in best.parent.iterdir()] == ["best.pt"]
 
 
 def test_a_mistake_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import runpy
 import signal
 import sys
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 from pdf import RED, write_pdf
 from PIL import Image
-from processes import ends, in_use, launch
+from processes import at_most, ends, in_use, launch
 from pycocotools.coco import COCO
 from tiny import drawn_page, shaken, tiny_config, tiny_model
 
@@ -335,13 +334,9 @@ def test_a_list_is_whole_after_each_item_and_when_the_disk_is_full(tmp_path: Pat
         assert json.loads(path.read_text()) == written
         items.append({"i": i})
         written.append({"i": i})
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, hard))
-    try:
-        with pytest.raises(OSError, match=r"(No space left|File too large).*list.json"):
-            items.append({"i": "x" * 50})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    full = pytest.raises(OSError, match=r"(No space left|File too large).*list.json")
+    with at_most(path.stat().st_size + 20), full:
+        items.append({"i": "x" * 50})
     assert json.loads(path.read_text()) == written
     items.append({"i": 3})
     assert json.loads(path.read_text()) == [*written, {"i": 3}]

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import time
@@ -60,6 +61,17 @@ def gone(group: int, seconds: float = 20) -> bool:
     except ProcessLookupError:
         return True
     return False
+
+
+@contextmanager
+def at_most(size: int) -> Iterator[None]:
+    """Files cannot become larger, as on a disk that is nearly full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @contextmanager
