@@ -12,11 +12,12 @@ import argparse
 import os
 from pathlib import Path
 
-from dfine.arguments import page_ranges
+from dfine.arguments import open_streams, page_ranges
 from dfine.inference import DEDUPE, DPI, THRESHOLD
 
 
 def arguments(line: list[str] | None = None) -> argparse.Namespace:
+    open_streams()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", required=True, help="best.pt, an ONNX file, published weights, or org/NAME")
@@ -52,6 +53,7 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
         default=min(4, os.cpu_count() or 1),
         help="processes that read pages, and as many that draw (default: %(default)s; 0: none)",
     )
+    add("--tiles", action="store_true", help="look at pages much longer than wide, or wider than long, in windows")
     add("--fast", action="store_true", help="for many pages: in bf16 where that is faster, and on a GPU compiled")
     return parser.parse_intermixed_args(line)
 
@@ -93,7 +95,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from dfine.data.batches import PageLoader, leave_signals_to_the_main_process
+from dfine.data.batches import PageLoader, begin_worker
 from dfine.data.transforms import PageError
 from dfine.files import lock, write_whole
 from dfine.inference.documents import MARK, PageLocation, list_pages, read
@@ -140,7 +142,13 @@ def predict(
     results = JsonList(predictions, former)
     locations = [location for location in locations if (str(location.file), location.page) not in done]
     page_results = detector.stream(
-        locations, options.threshold, options.dedupe, dpi=options.dpi, workers=options.workers, on_error=report
+        locations,
+        options.threshold,
+        options.dedupe,
+        dpi=options.dpi,
+        workers=options.workers,
+        on_error=report,
+        tiles=options.tiles,
     )
     drawn: Any = PageLoader(
         Drawing(options.out, options.pictures, options.dpi, detector.categories),
@@ -148,7 +156,7 @@ def predict(
         batch_size=None,
         num_workers=0 if options.pictures == "none" else options.workers,
         collate_fn=as_it_is,
-        worker_init_fn=leave_signals_to_the_main_process,
+        worker_init_fn=begin_worker,
     )
     for entry, error in tqdm(drawn, "predicting", total=len(locations), unit="page"):
         results.append(entry)

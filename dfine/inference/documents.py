@@ -75,7 +75,7 @@ def list_pages(paths: Iterable[Path], numbers: str = "") -> Iterator[PageLocatio
             kinds = ", ".join(f"{number} {kind}" for kind, number in others.most_common(5))
             kinds += ", ..." if len(others) > 5 else ""
             number = others.total()
-            warnings.warn(f"{path}: passed over {number} files that are no images or PDFs: {kinds}", stacklevel=2)
+            warnings.warn(f"{path}: passed over {number} files that are no pages: {kinds}", stacklevel=2)
         yield from (PageError(f"{error.filename}: cannot read the folder: {error.strerror}") for error in errors)
         if not files and not errors:
             yield PageError(f"no images or PDFs in {path} (pictures {MARK} do not count)")

@@ -240,7 +240,7 @@ def test_how_many_files_were_passed_over_is_said(tmp_path: Path) -> None:
     Image.fromarray(drawn_page()).save(tmp_path / "page.png")
     (tmp_path / "own.png").write_bytes(MARK.encode())
     kinds = rf"2 \.json, 1 without an ending, 1 {MARK}$"
-    with pytest.warns(UserWarning, match=rf"^{tmp_path}: passed over 4 files that are no images or PDFs: {kinds}"):
+    with pytest.warns(UserWarning, match=rf"^{tmp_path}: passed over 4 files that are no pages: {kinds}"):
         assert listed(tmp_path) == ["page.png:1"]
 
 
