@@ -8,8 +8,11 @@ same name; what else such weights know is left out.
 
 import argparse
 
+from dfine.arguments import open_streams
+
 
 def arguments() -> argparse.Namespace:
+    open_streams()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="best.pt, an ONNX file, published weights, or org/NAME")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.val.images=pages/test")

@@ -3,8 +3,11 @@
 import argparse
 from pathlib import Path
 
+from dfine.arguments import open_streams
+
 
 def arguments() -> argparse.Namespace:
+    open_streams()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True, help="a YAML file of configs/")
     parser.add_argument("--out", required=True, type=Path, help="picture to write: a .png or .jpg")

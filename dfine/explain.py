@@ -9,8 +9,11 @@ the union of the matchings (section 4.2), and what each loss says. The numbers a
 import argparse
 from pathlib import Path
 
+from dfine.arguments import open_streams
+
 
 def arguments() -> argparse.Namespace:
+    open_streams()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="best.pt, published weights, or org/NAME")
     parser.add_argument("file", type=Path, metavar="PAGE", help="an image, or a PDF or TIFF")
@@ -74,7 +77,6 @@ def main() -> None:
     options = arguments()
     if is_onnx(options.checkpoint):
         raise ConfigError(f"{options.checkpoint}: an ONNX file hides its layers: name the checkpoint that it is from")
-    try_writing(options.out.parent, "--out")
     location = next(list_pages([options.file], options.page))
     if isinstance(location, PageError):
         raise location
@@ -82,6 +84,7 @@ def main() -> None:
     model, config, categories = load_model(options.checkpoint)
     if options.annotations is not None:
         target = truth_of(location, page.shape[:2], options.annotations, categories, options.checkpoint)
+    try_writing(options.out.parent, "--out")
     model.deploy()
     data = explained(model, config, categories, page, str(location), target) | {"checkpoint": options.checkpoint}
     write_whole({options.out: as_html(data)})

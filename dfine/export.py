@@ -10,8 +10,11 @@ The last two are for models around an HGNetV2; PATH is a folder for them, and fo
 import argparse
 from pathlib import Path
 
+from dfine.arguments import open_streams
+
 
 def arguments() -> argparse.Namespace:
+    open_streams()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="best.pt of a run, published weights, or a name on the hub")
     parser.add_argument("--format", required=True, choices=("onnx", "transformers", "original"))

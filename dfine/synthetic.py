@@ -3,8 +3,11 @@
 import argparse
 from pathlib import Path
 
+from dfine.arguments import open_streams
+
 
 def arguments() -> argparse.Namespace:
+    open_streams()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for images/ and annotations.json")
     parser.add_argument("--pages", type=int, required=True, help="how many pages to draw")
