@@ -124,14 +124,23 @@ def test_overrides_that_an_evaluation_would_not_heed_are_refused(best: Path, scr
         script("--checkpoint", best, override)
 
 
-@pytest.mark.parametrize("other", [{"id": 3, "name": "list"}, {"id": 2, "name": "table"}])
-def test_a_json_with_other_categories_is_refused_and_both_are_named(
-    best: Path, tmp_path: Path, script: Any, other: dict[str, Any]
+def test_classes_go_by_name_whatever_their_ids_and_those_that_a_json_lacks_are_left_out(
+    best: Path, tmp_path: Path, script: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    categories = [category for category in CATEGORIES if category["name"] != "table"] + [other]
+    categories = [{"id": 40, "name": "Table"}, {"id": 3, "name": "text"}]
     images, annotations = write(tmp_path / "other", [image(1)], [], categories)
-    pattern = rf"{other['id']}, 'name': '{other['name']}'.* knows .*3, 'name': 'table'"
-    with pytest.raises(ConfigError, match=pattern):
+    script("--checkpoint", best, f"data.val.images={images}", f"data.val.annotations={annotations}")
+    assert "left out, since data.val does not have them: figure" in capsys.readouterr().out
+    results = json.loads((best.parent / "best.detections.json").read_text())
+    assert {result["category_id"] for result in results} == {3, 40}
+
+
+def test_a_json_with_a_class_that_the_checkpoint_lacks_is_refused_and_both_are_named(
+    best: Path, tmp_path: Path, script: Any
+) -> None:
+    categories = [category for category in CATEGORIES if category["name"] != "table"] + [{"id": 3, "name": "list"}]
+    images, annotations = write(tmp_path / "other", [image(1)], [], categories)
+    with pytest.raises(ConfigError, match=r"has list, which .*best.pt does not know: text, table, figure"):
         script("--checkpoint", best, f"data.val.images={images}", f"data.val.annotations={annotations}")
 
 
