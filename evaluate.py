@@ -8,8 +8,11 @@ same name; what else such weights know is left out.
 
 import argparse
 
+from dfine.arguments import open_streams
+
 
 def arguments() -> argparse.Namespace:
+    open_streams()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="best.pt, an ONNX file, published weights, or org/NAME")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.val.images=pages/test")
@@ -32,6 +35,7 @@ from dfine.config import ConfigError
 from dfine.data.batches import evaluation_loader
 from dfine.data.sources import open_source
 from dfine.distributed import say
+from dfine.files import try_writing, write_whole
 from dfine.inference.evaluation import category_ids, coco_metrics, find, table
 from dfine.model.detector import DFine
 from dfine.training import engine
@@ -62,19 +66,19 @@ def main() -> None:
         unknown = ", ".join(c["name"] for c, number in zip(categories, ids, strict=True) if number is None)
         say(f"left out, since data.val does not have them: {unknown}")
 
+    folder = Path(settings.run_dir)
+    distributed.on_main(lambda: try_writing(folder, "run_dir"))
     loader = evaluation_loader(pages, settings)
     if isinstance(model, DFine):
         model.to(device).to(memory_format=torch.channels_last)  # as in training: the same numbers to the last digit
     detections = find(model, loader, pages, settings.train.bf16, category_ids=ids)
     if distributed.is_main():
         metrics = coco_metrics(pages.ground_truth(), detections)
-        folder = Path(settings.run_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        say(table(metrics))
         name = checkpoint.stem if checkpoint.is_file() else checkpoint.name.partition("@")[0]
         metrics_file, detections_file = folder / f"{name}.metrics.json", folder / f"{name}.detections.json"
-        metrics_file.write_text(json.dumps(metrics, indent=2))
-        detections_file.write_text(json.dumps(detections))
-        say(f"{table(metrics)}\n\nwritten: {metrics_file} and {detections_file}")
+        write_whole({metrics_file: json.dumps(metrics, indent=2), detections_file: json.dumps(detections)})
+        say(f"\nwritten: {metrics_file} and {detections_file}")
     distributed.finish()
 
 

@@ -1,11 +1,22 @@
-"""What several commands have in their arguments. Imports nothing that takes time, so that --help need not wait."""
+"""What several commands have in common at their start. Imports nothing that takes time: --help need not wait."""
 
 import argparse
+import os
 import sys
+
+
+def open_streams() -> None:
+    """Lets a command print what its terminal or log file cannot show, or where there is neither, as under pythonw."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        if hasattr(getattr(sys, name), "reconfigure"):  # what a notebook puts there may not have it
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def training(description: str | None) -> argparse.Namespace:
     """Parses the command line: `config`, `resume` and `overrides`."""
+    open_streams()
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, help="a YAML file of configs/")
     parser.add_argument("--resume", action="store_true", help="go on from the run folder's last.pt, if there is one")

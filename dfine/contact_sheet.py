@@ -3,8 +3,11 @@
 import argparse
 from pathlib import Path
 
+from dfine.arguments import open_streams
+
 
 def arguments() -> argparse.Namespace:
+    open_streams()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True, help="a YAML file of configs/")
     parser.add_argument("--out", required=True, type=Path, help="picture to write: a .png or .jpg")
@@ -31,6 +34,7 @@ from dfine import config
 from dfine.boxes import cxcywh_to_xyxy
 from dfine.data.batches import train_loader
 from dfine.data.sources import open_source
+from dfine.files import try_writing
 from dfine.inference.pictures import draw, grid
 
 
@@ -39,6 +43,7 @@ def main() -> None:
     settings = config.load(options.config, options.overrides)
     source = open_source(settings.data.train, "data.train", settings.data.skip_unreadable)
     names = [category["name"] for category in source.categories]
+    try_writing(options.out.parent, "--out")
 
     drawn: list[np.ndarray] = []
     for batch in train_loader(source, settings)[0]:
@@ -48,7 +53,6 @@ def main() -> None:
             drawn.append(draw(page, target.labels.numpy(), boxes.numpy(), names, legend=True))
         if len(drawn) >= options.pages:
             break
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(grid(drawn, columns=6)).save(options.out)
     print(f"{options.out}: {len(drawn)} pages as data.augment of {options.config} changes them")
 

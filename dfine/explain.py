@@ -9,8 +9,11 @@ the union of the matchings (section 4.2), and what each loss says. The numbers a
 import argparse
 from pathlib import Path
 
+from dfine.arguments import open_streams
+
 
 def arguments() -> argparse.Namespace:
+    open_streams()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="best.pt, published weights, or org/NAME")
     parser.add_argument("file", type=Path, metavar="PAGE", help="an image, or a PDF or TIFF")
@@ -44,6 +47,7 @@ from dfine.checkpoints.loading import load_model
 from dfine.checkpoints.onnx_format import is_onnx
 from dfine.config import Config, ConfigError, DataConfig, LossConfig
 from dfine.data.transforms import PageError, pad, sized
+from dfine.files import try_writing, write_whole
 from dfine.inference import DEDUPE
 from dfine.inference.documents import list_pages, read
 from dfine.inference.evaluation import finite
@@ -80,10 +84,10 @@ def main() -> None:
     model, config, categories = load_model(options.checkpoint)
     if options.annotations is not None:
         target = truth_of(location, page.shape[:2], options.annotations, categories, options.checkpoint)
+    try_writing(options.out.parent, "--out")
     model.deploy()
     data = explained(model, config, categories, page, str(location), target) | {"checkpoint": options.checkpoint}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(as_html(data), encoding="utf-8")
+    write_whole({options.out: as_html(data)})
     print(f"{options.out}: {location} with {len(data['queries'])} queries; open it in a browser")
 
 

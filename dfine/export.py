@@ -10,8 +10,11 @@ The last two are for models around an HGNetV2; PATH is a folder for them, and fo
 import argparse
 from pathlib import Path
 
+from dfine.arguments import open_streams
+
 
 def arguments() -> argparse.Namespace:
+    open_streams()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="best.pt of a run, published weights, or a name on the hub")
     parser.add_argument("--format", required=True, choices=("onnx", "transformers", "original"))
@@ -32,6 +35,7 @@ from typing import Any
 from dfine.checkpoints import onnx_format, original, ours, transformers_format
 from dfine.checkpoints.loading import load_model
 from dfine.config import Config
+from dfine.files import try_writing
 from dfine.model.detector import DFine
 
 
@@ -57,6 +61,7 @@ def to_original(folder: Path, model: DFine, config: Config, categories: list[dic
 def to_onnx(path: Path, model: DFine, config: Config, categories: list[dict[str, Any]], half: bool = False) -> None:
     if not onnx_format.is_onnx(path) or path.is_dir():
         raise ours.CheckpointError(f"{path}: name a file that ends in .onnx")
+    try_writing(path.parent, "--out")
     print(f"{path}: torch traces the model and writes its graph, which takes about a minute", flush=True)
     onnx_format.write(path, model, config, categories, half)
     size, stride = path.stat().st_size / 1e6, model.strides[-1]

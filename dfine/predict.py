@@ -12,11 +12,12 @@ import argparse
 import os
 from pathlib import Path
 
-from dfine.arguments import page_ranges
+from dfine.arguments import open_streams, page_ranges
 from dfine.inference import DEDUPE, DPI, THRESHOLD
 
 
 def arguments(line: list[str] | None = None) -> argparse.Namespace:
+    open_streams()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", required=True, help="best.pt, an ONNX file, published weights, or org/NAME")
@@ -52,6 +53,7 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
         default=min(4, os.cpu_count() or 1),
         help="processes that read pages, and as many that draw (default: %(default)s; 0: none)",
     )
+    add("--tiles", action="store_true", help="look at pages much longer than wide, or wider than long, in windows")
     add("--fast", action="store_true", help="for many pages: in bf16 where that is faster, and on a GPU compiled")
     return parser.parse_intermixed_args(line)
 
@@ -84,6 +86,7 @@ if __name__ == "__main__":
 import json
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -92,10 +95,11 @@ from PIL.PngImagePlugin import PngInfo
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from dfine.data.batches import PageLoader, leave_signals_to_the_main_process, make_room
+from dfine.data.batches import PageLoader, begin_worker, make_room
 from dfine.data.transforms import PageError
+from dfine.files import lock, write_whole
 from dfine.inference.documents import MARK, PageLocation, list_pages, read
-from dfine.inference.pages import PageResult, as_it_is, load
+from dfine.inference.pages import Detector, PageResult, as_it_is, load
 from dfine.inference.pictures import draw
 from dfine.inference.results import CocoImages, JsonList, page_entry, read_predictions
 
@@ -120,13 +124,32 @@ def main() -> int:
     if not locations:
         return 1
     options.out.mkdir(parents=True, exist_ok=True)
+    with lock(options.out, "--out"):
+        predict(options, detector, coco, locations, report)
+    return int(bool(errors))
+
+
+def predict(
+    options: argparse.Namespace,
+    detector: Detector,
+    coco: CocoImages | None,
+    locations: list[PageLocation],
+    report: Callable[[PageError], None],
+) -> None:
+    """Writes what is found on the pages into the folder, and says so."""
     predictions = options.out / "predictions.json"
     former = read_predictions(predictions) if options.resume else []
     done = {(entry["file"], entry["page"]) for entry in former}
     results = JsonList(predictions, former)
     locations = [location for location in locations if (str(location.file), location.page) not in done]
     page_results = detector.stream(
-        locations, options.threshold, options.dedupe, dpi=options.dpi, workers=options.workers, on_error=report
+        locations,
+        options.threshold,
+        options.dedupe,
+        dpi=options.dpi,
+        workers=options.workers,
+        on_error=report,
+        tiles=options.tiles,
     )
     drawn: Any = PageLoader(
         Drawing(options.out, options.pictures, options.dpi, detector.categories),
@@ -134,7 +157,7 @@ def main() -> int:
         batch_size=None,
         num_workers=0 if options.pictures == "none" else options.workers,
         collate_fn=as_it_is,
-        worker_init_fn=leave_signals_to_the_main_process,
+        worker_init_fn=begin_worker,
     )
     for entry, error in tqdm(drawn, "predicting", total=len(locations), unit="page"):
         results.append(entry)
@@ -147,7 +170,6 @@ def main() -> int:
         write_coco(coco, predictions, options.out / "detections.json", report)
         written.append("detections.json")
     print(f"{results.length} pages in {options.out}: {', '.join(written)}")
-    return int(bool(errors))
 
 
 class Drawing(Dataset):
@@ -203,11 +225,12 @@ def write_coco(coco: CocoImages, predictions: Path, path: Path, report: Callable
             results += coco.results(entry)
         except PageError as error:
             report(error)
-    path.write_text(json.dumps(results))
+    write_whole({path: json.dumps(results)})
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    warnings.showwarning = lambda message, *_, **__: tqdm.write(f"note: {message}", file=sys.stderr)
     try:
         sys.exit(main())
     except (ValueError, FloatingPointError, OSError) as error:

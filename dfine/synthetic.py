@@ -3,8 +3,11 @@
 import argparse
 from pathlib import Path
 
+from dfine.arguments import open_streams
+
 
 def arguments() -> argparse.Namespace:
+    open_streams()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for images/ and annotations.json")
     parser.add_argument("--pages", type=int, required=True, help="how many pages to draw")
@@ -28,17 +31,20 @@ import sys
 
 from dfine.data.synthetic.pages import write_folder
 from dfine.data.synthetic.styles import STYLES
+from dfine.files import lock
 
 
 def main() -> None:
     options = arguments()
     _, draw = STYLES[options.style]
-    write_folder(options.out, options.seed, options.pages, draw, options.workers)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with lock(options.out, "--out"):
+        write_folder(options.out, options.seed, options.pages, draw, options.workers)
     print(f"{options.pages} pages in {options.out / 'images'}, their boxes in {options.out / 'annotations.json'}")
 
 
 if __name__ == "__main__":
     try:
         main()
-    except OSError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -1,5 +1,6 @@
 """What all commands have in common."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,3 +20,18 @@ def test_help_does_not_wait_for_torch(command: list[str]) -> None:
     imported = {name.rpartition("|")[2].strip() for name in answer.stderr.splitlines()}
     assert "argparse" in imported
     assert not imported & {"torch", "numpy", "cv2", "timm"}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-1])
+def test_without_a_terminal_nothing_is_printed_and_no_file_takes_its_place(command: list[str]) -> None:
+    """As under pythonw. argparse would print its help on stderr instead."""
+    answer = subprocess.run(["sh", "-c", '"$@" >&-', "sh", sys.executable, *command, "--help"], cwd=ROOT, stderr=-1)
+    assert (answer.returncode, answer.stderr) == (0, b"")
+
+
+def test_progress_needs_no_stderr_and_class_names_no_terminal_that_shows_them() -> None:
+    program = "from dfine.arguments import open_streams; open_streams(); from tqdm import tqdm; print(*tqdm('标题'))"
+    line = ["sh", "-c", '"$@" 2>&-', "sh", sys.executable, "-c", program]
+    for encoding, expected in (("utf-8", "标 题\n".encode()), ("ascii", rb"\u6807 \u9898" + b"\n")):
+        environment = os.environ | {"PYTHONIOENCODING": encoding}
+        assert subprocess.run(line, cwd=ROOT, env=environment, stdout=-1, check=True).stdout == expected

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from coco_folder import CATEGORIES, annotation, evaluated, five_pages, image, write
+from processes import at_most
 from published import publish_recorded
 from pycocotools.coco import COCO
 from scripts import TINY, evaluations, same
@@ -123,14 +124,23 @@ def test_overrides_that_an_evaluation_would_not_heed_are_refused(best: Path, scr
         script("--checkpoint", best, override)
 
 
-@pytest.mark.parametrize("other", [{"id": 3, "name": "list"}, {"id": 2, "name": "table"}])
-def test_a_json_with_other_categories_is_refused_and_both_are_named(
-    best: Path, tmp_path: Path, script: Any, other: dict[str, Any]
+def test_classes_go_by_name_whatever_their_ids_and_those_that_a_json_lacks_are_left_out(
+    best: Path, tmp_path: Path, script: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    categories = [category for category in CATEGORIES if category["name"] != "table"] + [other]
+    categories = [{"id": 40, "name": "Table"}, {"id": 3, "name": "text"}]
     images, annotations = write(tmp_path / "other", [image(1)], [], categories)
-    pattern = rf"{other['id']}, 'name': '{other['name']}'.* knows .*3, 'name': 'table'"
-    with pytest.raises(ConfigError, match=pattern):
+    script("--checkpoint", best, f"data.val.images={images}", f"data.val.annotations={annotations}")
+    assert "left out, since data.val does not have them: figure" in capsys.readouterr().out
+    results = json.loads((best.parent / "best.detections.json").read_text())
+    assert {result["category_id"] for result in results} == {3, 40}
+
+
+def test_a_json_with_a_class_that_the_checkpoint_lacks_is_refused_and_both_are_named(
+    best: Path, tmp_path: Path, script: Any
+) -> None:
+    categories = [category for category in CATEGORIES if category["name"] != "table"] + [{"id": 3, "name": "list"}]
+    images, annotations = write(tmp_path / "other", [image(1)], [], categories)
+    with pytest.raises(ConfigError, match=r"has list, which .*best.pt does not know: text, table, figure"):
         script("--checkpoint", best, f"data.val.images={images}", f"data.val.annotations={annotations}")
 
 
@@ -145,6 +155,25 @@ def test_the_files_are_written_even_if_nobody_reads_what_is_printed(best: Path) 
     assert "Broken" not in said
     assert (best.parent / "best.metrics.json").exists()
     assert (best.parent / "best.detections.json").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_before_any_page_is_read(
+    best: Path, tmp_path: Path, script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evaluate.find", lambda *_, **__: pytest.fail("it evaluated"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=rf"run_dir: cannot write to {tmp_path / 'file'} "):
+        script("--checkpoint", best, f"run_dir={tmp_path / 'file'}")
+
+
+def test_what_was_measured_is_said_even_if_it_cannot_be_written_and_no_part_of_it_is_left(
+    best: Path, script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("evaluate.try_writing", lambda *_: None)  # the disk becomes full later
+    with at_most(3000), pytest.raises(ConfigError, match=r"cannot write .*best.detections.json \(File too large\)"):
+        script("--checkpoint", best)
+    assert "AP50" in capsys.readouterr().out
+    assert [path.name for path in best.parent.iterdir()] == ["best.pt"]
 
 
 def test_a_mistake_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

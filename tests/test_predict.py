@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import runpy
 import signal
 import sys
@@ -15,13 +14,13 @@ import numpy as np
 import pytest
 from pdf import RED, write_pdf
 from PIL import Image
-from processes import ends, launch
+from processes import at_most, ends, in_use, launch
 from pycocotools.coco import COCO
 from tiny import drawn_page, shaken, tiny_config, tiny_model
 
 from dfine import predict
 from dfine.checkpoints import ours
-from dfine.config import Config, DataConfig
+from dfine.config import Config, ConfigError, DataConfig
 from dfine.data.sources import CocoPages
 from dfine.data.transforms import TURNS, PageError, read_page, turn_boxes
 from dfine.inference import DEDUPE
@@ -139,7 +138,7 @@ def test_folders_are_searched_in_order_and_pages_of_one_name_get_a_picture_each(
     assert names == ["a/page.png", "a/page.tiff", "a/ñ/page.JPG", "b/page.png"]
     pictures = {page["picture"] for page in pages}
     assert len(pictures) == 4
-    assert pictures | {"predictions.json"} == {path.name for path in (tmp_path / "out").iterdir()}
+    assert pictures | {"predictions.json", "lock"} == {path.name for path in (tmp_path / "out").iterdir()}
 
 
 def test_an_unreadable_page_is_named_and_the_others_go_on(
@@ -306,6 +305,17 @@ def test_a_run_that_is_ended_leaves_its_pages_and_goes_on_with_the_others(
     assert script(*options, "--resume") == (0, expected)
 
 
+def test_a_folder_that_another_process_writes_is_refused_and_stays_as_it_is(script: Any, tmp_path: Path) -> None:
+    Image.fromarray(drawn_page()).save(tmp_path / "page.png")
+    _, before = script(tmp_path / "page.png")
+    with in_use(tmp_path / "out") as process:
+        for resume in ([], ["--resume"]):
+            with pytest.raises(ConfigError, match=rf"--out: {tmp_path / 'out'} is in use by process {process} on "):
+                script(tmp_path / "page.png", *resume)
+    assert json.loads((tmp_path / "out" / "predictions.json").read_text()) == before
+    assert script(tmp_path / "page.png")[0] == 0
+
+
 def test_pictures_of_a_run_that_goes_on_take_no_name_twice(script: Any, tmp_path: Path) -> None:
     for name in "acd":
         Image.fromarray(drawn_page()).save(tmp_path / f"{name}.png")
@@ -325,13 +335,9 @@ def test_a_list_is_whole_after_each_item_and_when_the_disk_is_full(tmp_path: Pat
         assert json.loads(path.read_text()) == written
         items.append({"i": i})
         written.append({"i": i})
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, hard))
-    try:
-        with pytest.raises(OSError, match=r"(No space left|File too large).*list.json"):
-            items.append({"i": "x" * 50})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    full = pytest.raises(OSError, match=r"(No space left|File too large).*list.json")
+    with at_most(path.stat().st_size + 20), full:
+        items.append({"i": "x" * 50})
     assert json.loads(path.read_text()) == written
     items.append({"i": 3})
     assert json.loads(path.read_text()) == [*written, {"i": 3}]

@@ -4,6 +4,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from processes import in_use
 
 from dfine import synthetic
 
@@ -37,3 +38,9 @@ def test_a_folder_that_cannot_be_made_ends_in_one_line(tmp_path: Path, monkeypat
     with pytest.raises(SystemExit, match=r"error: .*file") as stopped:
         start(monkeypatch, "--out", tmp_path / "file", "--pages", 1)
     assert "\n" not in str(stopped.value.code)
+
+
+def test_a_folder_that_another_process_writes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with in_use(tmp_path / "out") as process, pytest.raises(SystemExit, match=rf"--out: .* by process {process} on "):
+        start(monkeypatch, "--out", tmp_path / "out", "--pages", 1)
+    assert not (tmp_path / "out" / "images").exists()

@@ -1,7 +1,8 @@
 """ONNX files: a model that runs without this project, and without torch. Needs the extra `export`.
 
-    in   images     (B, 3, H, W) uint8 RGB; H and W are multiples of the last stride, padding is right and below
-         sizes      (B, 2) int64: valid height, width of each page on that canvas
+    in   images     (B, 3, H, W) uint8 RGB; H and W are multiples of the last stride, padding is right and below.
+                   On other canvases runtimes fail, at a node whose name says why
+         sizes      (B, 2) int64: valid height, width of each page on that canvas; runtimes fail where they exceed it
          originals  (B, 2) int64: height, width that boxes are wanted in, such as those of the scans
     out  scores     (B, K) from 0 to 1, the best first; K is 300 unless queries times classes are fewer
          labels     (B, K) int64, indices into `categories`
@@ -32,8 +33,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from dfine import config as configs
+from dfine.checkpoints import ours
 from dfine.checkpoints.ours import CheckpointError
-from dfine.config import Config
+from dfine.config import Config, ConfigError
 from dfine.model.detector import DFine, by_canvas, ranked
 from dfine.structures import Detections
 
@@ -85,6 +87,7 @@ def write(path: Path, model: DFine, config: Config, categories: list[dict[str, A
     graph: Any = program.model.graph
     for part in (graph, *graph.all_nodes()):
         part.metadata_props.clear()  # where in the source each node came from, folders of this machine included
+    refuse_other_canvases(graph, stride)
     settings = configs.to_dict(config)
     del settings["distill"]
     program.model.metadata_props.update(
@@ -103,6 +106,38 @@ def write(path: Path, model: DFine, config: Config, categories: list[dict[str, A
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: cannot save ({error})") from error
+
+
+def refuse_other_canvases(graph: Any, stride: int) -> None:
+    """Lets a runtime fail, instead of giving other boxes, on canvases and sizes that are not as described above.
+
+    ONNX has no assertion: a Gather looks up what is wrong in a list of one number, which fails unless that is 0.
+    """
+    import onnx_ir
+
+    images, sizes = graph.inputs[:2]
+    readers, first, nodes = [*sizes.uses()], graph[0], []
+
+    def constant(name: str, value: Any) -> Any:
+        tensor = onnx_ir.tensor(np.array(value, np.int64), name=name)
+        graph.initializers.add(onnx_ir.val(name, const_value=tensor))
+        return graph.initializers[name]
+
+    def node(kind: str, *inputs: Any, name: str | None = None, **attributes: int) -> Any:
+        nodes.append(onnx_ir.node(kind, inputs, attributes, name=name))
+        return nodes[-1].outputs[0]
+
+    canvas = node("Shape", images, start=2)  # (2,)
+    whole = onnx_ir.DataType.INT64.value
+    beyond = node("Cast", node("Greater", sizes, canvas), to=whole)  # (B, 2)
+    below = node("Cast", node("Less", sizes, constant("one_pixel", 1)), to=whole)
+    wrong = node("Add", node("Add", beyond, below), node("Mod", canvas, constant("last_stride", stride)))
+    said = f"sides of images are no multiples of {stride}, or sizes are not (height, width) within them"
+    zero = node("Gather", constant("nothing_wrong", [0]), node("ReduceMax", wrong, keepdims=0), name=said)
+    checked = node("Add", sizes, zero)
+    for reader, index in readers:
+        reader.replace_input_with(index, checked)
+    graph.insert_before(first, nodes)
 
 
 def preprocessing(config: Config, stride: int) -> dict[str, Any]:
@@ -172,6 +207,7 @@ class OnnxModel:
             raise CheckpointError(f"{path}: {INSTALL}") from error
         if not Path(path).is_file():
             raise CheckpointError(f"{path}: no such file")
+        self.path, self.device = path, device
         wanted = None if device is None else torch.device(device)
         usable = onnxruntime.get_available_providers()
         if wanted is not None and wanted.type != "cpu" and "CUDAExecutionProvider" not in usable:
@@ -191,9 +227,20 @@ class OnnxModel:
         missing = {"config", "categories"} - texts.keys()
         if missing:
             raise CheckpointError(f"{path}: not an ONNX file of this project: lacks {', '.join(sorted(missing))}")
-        self.config = configs.from_dict(json.loads(texts["config"]))
-        self.categories: list[dict[str, Any]] = json.loads(texts["categories"])
+        try:
+            said = {name: json.loads(texts[name]) for name in ("config", "categories")}
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: its metadata are not JSON: {error}") from error
+        ours.require(path, said, {"config": dict, "categories": list})
+        try:
+            self.config = configs.from_dict(said["config"])
+        except (ConfigError, RecursionError) as error:
+            raise ConfigError(f"{path}: written by another version of dfine ({error}): use that version") from error
+        self.categories: list[dict[str, Any]] = said["categories"]
         self.strides = self.config.model.strides
+
+    def __reduce__(self) -> Any:
+        return OnnxModel, (self.path, self.device)  # a session cannot be copied: a copy opens the file again
 
     def __call__(self, images: Tensor, sizes: Tensor, originals: list[tuple[int, int]]) -> list[Detections]:
         """What `detect` gives for a `DFine`; pages that need different canvases go through the file separately.

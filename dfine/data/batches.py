@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -160,7 +161,7 @@ def _loader(source: Source, config: Config, batches: Any, training: bool) -> Dat
         batch_sampler=batches,
         collate_fn=Collate(config.model.strides[-1]),
         num_workers=config.data.workers,
-        worker_init_fn=leave_signals_to_the_main_process,
+        worker_init_fn=begin_worker,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=training and config.data.workers > 0,
     )
@@ -232,10 +233,12 @@ class PageLoader(DataLoader[Batch]):
             WorkerError: a worker is gone.
         """
         try:
+            others = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
             batches = super().__iter__()
-            if self.num_workers and hasattr(signal, "SIGCHLD"):
-                # torch would raise a worker's death wherever this process is: halfway through a step, or a save.
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            if others is not None and threading.current_thread() is threading.main_thread():
+                # torch would raise a worker's death wherever this process is: halfway through a step, or a save. And
+                # the signal may be another program's, whose guest we are.
+                signal.signal(signal.SIGCHLD, others)
             for batch in batches:
                 if isinstance(batch, PageError | WorkerError):
                     raise batch
@@ -267,7 +270,13 @@ class WithRoom:
         return self.collate(samples)
 
 
-def leave_signals_to_the_main_process(_: int) -> None:
+def begin_worker(_: int) -> None:
+    """What a process that loads or draws pages does first."""
+    cv2.setNumThreads(0)  # these processes are the parallelism; OpenCV's own threads only fight with them
+    leave_signals_to_the_main_process()
+
+
+def leave_signals_to_the_main_process() -> None:
     """Ctrl-C, torchrun and job schedulers signal workers as well: they end when the main process does, not before."""
     signal.set_wakeup_fd(-1)  # what a worker is told does not wake the main process
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,6 @@ from dfine.config import AugmentConfig, DataConfig
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for its newest version
 import albumentations as A
-
-cv2.setNumThreads(0)  # loader processes are the parallelism; OpenCV's own threads only fight with them
 
 WHITE = (255, 255, 255)
 TURNS: dict[Any, Image.Transpose] = {  # by EXIF orientation; 1 is upright
@@ -44,8 +43,8 @@ class PageError(ValueError):
 def read_page(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """Reads an image as it should look on white paper.
 
-    16 bits become 8, transparency is laid on white, CMYK and greyscale become RGB, and the EXIF rotation is applied:
-    always without `size`, else only where it makes the image fit.
+    16 bits become 8 (see `_bits`), transparency is laid on white, CMYK and greyscale become RGB, and the EXIF rotation
+    is applied: always without `size`, else only where it makes the image fit.
 
     Args:
         size: height, width that the image must have.
@@ -68,7 +67,11 @@ def read_page(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarr
 
 def as_page(image: Image.Image, turn: bool = True) -> np.ndarray:
     """An image as it should look on white paper, (H, W, 3) uint8 RGB; `turn`: after its EXIF rotation."""
-    return np.array(_on_white(_turned(image) if turn else image))
+    if 0 in image.size:
+        raise ValueError("it has no pixels")
+    deep = re.search(r"(RGB.?|LA);16", str(getattr(image, "tile", "")))  # gone once the image is loaded
+    image = _turned(image) if turn else image
+    return np.array(_on_white(_brightened(image) if deep else image))
 
 
 def _turned(image: Image.Image) -> Image.Image:
@@ -117,18 +120,36 @@ def turn_boxes(boxes: np.ndarray, size: tuple[int, int], how: Image.Transpose) -
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode == "F":  # white may be 1, 255 or 65535, and a little more where an edge was sharpened
+    if image.mode == "F":  # white may be 1 or that of integers, and a little more where an edge was sharpened
         floats = np.nan_to_num(np.asarray(image), posinf=0)
-        white = 1 if floats.max() < 2 else 255 if floats.max() < 2 * 255 else 65535
+        white = 1 if floats.max() < 2 else 2 ** _bits(floats.max() / 2) - 1
         return Image.fromarray((255 / white * floats).round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode.startswith("I"):  # 16 bits, or what Pillow makes of them
         pixels = np.asarray(image).astype(np.int64)
-        eight_bits = (pixels >> 8 if pixels.max() > 255 else pixels).clip(0, 255).astype(np.uint8)
+        eight_bits = (pixels >> (_bits(pixels.max()) - 8)).clip(0, 255).astype(np.uint8)
         return Image.fromarray(eight_bits).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _bits(most: float) -> int:
+    """The bits of a scanner or camera whose brightest pixel this is: files of 16 bits hold 8, 10, 12 or 14 as well.
+
+    Paper is more than a quarter as bright as white, so the fewest that hold it are meant.
+    """
+    return next((bits for bits in (8, 10, 12, 14, 16, 24) if most < 2**bits), 32)
+
+
+def _brightened(image: Image.Image) -> Image.Image:
+    """Colours of 16 bits, of which Pillow keeps the upper 8: of 10 bits it leaves 2, of 12 bits 4, enough to read."""
+    pixels = np.array(image)
+    colours = pixels[..., : 1 if image.mode == "LA" else 3]
+    white = 2 ** (_bits(256 * int(colours.max())) - 8) - 1
+    if white:
+        colours[...] = (255 / white * colours).round()
+    return Image.fromarray(pixels)
 
 
 def fit(size: tuple[int, int], short_edge: int, long_edge: int) -> tuple[int, int]:

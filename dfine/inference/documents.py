@@ -7,7 +7,10 @@ points: a box in points can be written into the file as the /Rect of an annotati
 """
 
 import os
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import cache
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +23,7 @@ from dfine.data.transforms import PageError, as_page, read_page
 from dfine.inference import DPI
 
 MAX_PIXELS = 36_000_000  # of a rendered page, as A4 has at 600 dpi; 108 MB. A larger page is rendered with fewer dpi.
-SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pdf", ".png", ".tif", ".tiff", ".webp"}  # what is read in folders
+UNREAD = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows these, but reads none without help from others
 MARK = "with boxes drawn by dfine.predict"  # in the first bytes of its pictures, which are no pages to predict on
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the first bytes; + is BigTIFF
 
@@ -47,8 +50,8 @@ def list_pages(paths: Iterable[Path], numbers: str = "") -> Iterator[PageLocatio
     """The pages of files and folders in order, without reading them, and an error for each that cannot be listed.
 
     Args:
-        paths: folders stand for all images and PDFs in them and in their sub-folders, sorted; the pictures that
-            `dfine.predict` drew are left out.
+        paths: folders stand for all images and PDFs in them and in their sub-folders, linked ones too, sorted; the
+            pictures that `dfine.predict` drew are passed over. How many files were is said by a warning.
         numbers: which pages of PDFs and TIFFs, such as "1-3,7" or "5-"; empty: all. Other images have one page anyway.
     Raises:
         ValueError: `numbers` are not numbers of pages.
@@ -59,18 +62,50 @@ def list_pages(paths: Iterable[Path], numbers: str = "") -> Iterator[PageLocatio
             yield from _pages_of(path, ranges)
             continue
         errors: list[OSError] = []
-        files = [
-            Path(folder, name)
-            for folder, _, names in os.walk(path, onerror=errors.append)
-            for name in names
-            if Path(name).suffix.lower() in SUFFIXES
-        ]
-        files = sorted(file for file in files if MARK.encode() not in _head(file))
+        files: list[Path] = []
+        others: Counter[str] = Counter()
+        for file in _files_in(path, errors):
+            if file.suffix.lower() not in endings():
+                others[file.suffix.lower() or "without an ending"] += 1
+            elif MARK.encode() in _head(file):
+                others[MARK] += 1
+            else:
+                files.append(file)
+        if others:
+            kinds = ", ".join(f"{number} {kind}" for kind, number in others.most_common(5))
+            kinds += ", ..." if len(others) > 5 else ""
+            number = others.total()
+            warnings.warn(f"{path}: passed over {number} files that are no pages: {kinds}", stacklevel=2)
         yield from (PageError(f"{error.filename}: cannot read the folder: {error.strerror}") for error in errors)
         if not files and not errors:
             yield PageError(f"no images or PDFs in {path} (pictures {MARK} do not count)")
-        for file in files:
+        for file in sorted(files):
             yield from _pages_of(file, ranges)
+
+
+@cache
+def endings() -> set[str]:
+    """Of the files that are read in folders: all that Pillow reads, and PDFs."""
+    known = Image.registered_extensions()  # such as {".png": "PNG"}; some can only be written
+    return {".pdf"} | {ending for ending, kind in known.items() if kind in Image.OPEN and kind not in UNREAD}
+
+
+def _files_in(folder: Path, errors: list[OSError]) -> Iterator[Path]:
+    """All files in a folder and its sub-folders, each folder once, so that links may go round in circles.
+
+    Linked folders come last: what can be reached without a link has a path without one.
+    """
+    waiting, seen = [folder], set[str]()
+    for start in waiting:
+        for place, folders, names in os.walk(start, onerror=errors.append):
+            real = os.path.realpath(place)
+            if real in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders.sort()
+            waiting += [Path(place, name) for name in folders if os.path.islink(Path(place, name))]
+            yield from (Path(place, name) for name in names)
 
 
 def read(file: str | Path, page: int = 1, dpi: float = DPI) -> PagePixels:

@@ -125,18 +125,14 @@ def category_ids(
 ) -> list[int | None]:
     """The id among the pages' categories of each class of a model; None: the pages do not have the class.
 
-    Published weights number their classes from 0, which says nothing about a json: these go by name, or by number if
-    they have no names and the json as many classes.
+    Classes go by name, whatever their ids; case, `-`, `_` and spaces do not matter. Those of published weights without
+    names go by number, if the json has as many.
 
     Args:
         own, pages: categories of the model and of the pages. checkpoint, source: where they are from, for messages.
     Raises:
-        ConfigError: a checkpoint of a run has other categories, or published weights lack one; names both sides.
+        ConfigError: the model lacks one of the pages' classes; names both sides.
     """
-    if own == pages:
-        return [category["id"] for category in own]
-    if [category["id"] for category in own] != list(range(len(own))):
-        raise ConfigError(f"{source}: has the categories {pages}, {checkpoint} knows {own}")
     names = [category["name"] for category in own]
     if names == [str(i) for i in range(len(pages))]:
         return [category["id"] for category in pages]

@@ -1,5 +1,6 @@
 """Pages in, detections out: `dfine.load` gives a `Detector`, which takes images, PDFs and folders of them."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -15,13 +16,14 @@ from torchvision.ops import nms
 from dfine.checkpoints.loading import load_model
 from dfine.checkpoints.onnx_format import OnnxModel, is_onnx
 from dfine.config import ConfigError, DataConfig
-from dfine.data.batches import PageLoader, leave_signals_to_the_main_process
+from dfine.data.batches import PageLoader, begin_worker
 from dfine.data.sources import Source
-from dfine.data.transforms import PageError, as_page, pad, sized
+from dfine.data.transforms import PageError, as_page, model_size, pad, sized
 from dfine.inference import DEDUPE, DPI, THRESHOLD
 from dfine.inference.documents import PageLocation, boxes_in_points, is_one_page, list_pages, read
 from dfine.inference.evaluation import answer, finite
 from dfine.inference.pictures import draw, grid, headed
+from dfine.inference.windows import Box, best_seen_here, is_long, windows_of
 from dfine.model.detector import DFine
 from dfine.structures import Detections
 
@@ -94,6 +96,7 @@ class Detector:
         numbers: str = "",
         workers: int = 0,
         on_error: Callable[[PageError], None] | None = None,
+        tiles: bool = False,
     ) -> Iterator[PageResult]:
         """Finds the layout of any number of pages, one after the other: no more than some batches are in memory.
 
@@ -107,41 +110,83 @@ class Detector:
             numbers: which pages of PDFs and TIFFs, such as "1-3,7"; empty: all.
             workers: processes that read pages; 0: this one does.
             on_error: gets what cannot be read, and the other pages go on.
+            tiles: pages much longer than wide, or wider than long, go through the model in windows shaped like one
+                page, which overlap by half; a box longer than that may come in parts. A model that sees such a page
+                whole finds little; a warning says so, once for each file.
         Raises:
             PageError: a page cannot be read, or is no page, and there is no `on_error`; names file and page.
             FloatingPointError: a score or a box is not finite; names the page.
             WorkerError: a worker is gone.
-            ValueError: `numbers` are not numbers of pages.
+            ValueError: `numbers` are not numbers of pages, or another argument means nothing.
         """
+        for name, share in (("threshold", threshold), ("dedupe", dedupe)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, found {share}")
+        if batch_size < 1 or not 0 < dpi < float("inf"):
+            raise ValueError(f"batch_size and dpi must be positive, found {batch_size} and {dpi}")
         loader: Iterable[Any] = PageLoader(
-            Reader(self.data, dpi),
+            Reader(self.data, dpi, tiles),
             sampler=enumerate(_one_by_one(pages, numbers)),
             batch_size=None,
             num_workers=workers,
             collate_fn=as_it_is,
-            worker_init_fn=leave_signals_to_the_main_process,
+            worker_init_fn=begin_worker,
         )
-        loaded = iter(loader)
+        return self._stream(loader, threshold, dedupe, batch_size, on_error)
+
+    def _stream(
+        self,
+        loader: Iterable[Any],
+        threshold: float,
+        dedupe: float,
+        batch_size: int,
+        on_error: Callable[[PageError], None] | None,
+    ) -> Iterator[PageResult]:
+        loaded, told = iter(loader), set[Any]()
         while batch := list(islice(loaded, batch_size)):
-            results = self._results([page for page in batch if isinstance(page, Prepared)], threshold, dedupe)
+            pages = [page for page in batch if isinstance(page, Prepared)]
+            results = self._results(pages, threshold, dedupe, batch_size)
             for page in batch:
                 if isinstance(page, Prepared):
+                    self._warn(page, told)
                     yield next(results)
                 elif on_error is None:
                     raise page.error
                 else:
                     on_error(page.error)
 
-    def _results(self, pages: list["Prepared"], threshold: float, dedupe: float) -> Iterator[PageResult]:
-        if not pages:
+    def _warn(self, page: "Prepared", told: set[Any]) -> None:
+        """Says of a file, once, that the model sees little of a page."""
+        file = page.location.file if page.location else page.number
+        if len(page.windows) > 1 or not is_long(page.size, self.data) or file in told:
             return
-        images, sizes = pad([page.pixels.numpy() for page in pages], self.stride)
-        with torch.inference_mode():
-            detections = answer(self.model, images, sizes, [page.size for page in pages])
-        for page, found in zip(pages, detections, strict=True):
-            found = finite(found, str(page.location or f"page {page.number}"))
-            found = Detections(*(x[found.scores >= threshold] for x in found))
-            found = Detections(*(x[nms(found.boxes, found.scores, dedupe)] for x in found))
+        told.add(file)
+        (height, width), (h, w) = page.size, model_size(page.size, self.data.eval_short_edge, self.data)
+        warnings.warn(
+            f"{page}: {width}x{height} pixels are much {'longer than wide' if height > width else 'wider than long'}: "
+            f"the model sees {w}x{h} of them and may find little; with tiles (--tiles) it sees them in windows",
+            stacklevel=3,
+        )
+
+    def _results(
+        self, pages: list["Prepared"], threshold: float, dedupe: float, batch_size: int
+    ) -> Iterator[PageResult]:
+        windows, seen = [window for page in pages for window in page.windows], list[Detections]()
+        for first in range(0, len(windows), batch_size):
+            together = windows[first : first + batch_size]
+            images, sizes = pad([window.pixels.numpy() for window in together], self.stride)
+            originals = [(y2 - y1, x2 - x1) for _, (x1, y1, x2, y2) in together]
+            seen += answer(self.model, images, sizes, originals)
+        answers = iter(seen)
+        for page in pages:
+            boxes, parts = [window.box for window in page.windows], []
+            for index, (x1, y1, _, _) in enumerate(boxes):
+                part = finite(next(answers), str(page))
+                part = part._replace(boxes=part.boxes + torch.tensor([x1, y1, x1, y1]))
+                kept = (part.scores >= threshold) & best_seen_here(part.boxes, boxes, index)
+                parts.append(Detections(*(x[kept] for x in part)))
+            found = Detections(*(torch.cat(x) for x in zip(*parts, strict=True)))
+            found = Detections(*(x[nms(found.boxes, found.scores, dedupe)] for x in found))  # the best first
             yield self._named(page, found)
 
     def _named(self, page: "Prepared", found: Detections) -> PageResult:
@@ -175,14 +220,24 @@ def load(checkpoint: str | Path, device: str | torch.device | None = None, fast:
     return Detector(model.deploy(fast), config.data, categories)
 
 
+class Window(NamedTuple):
+    """A part of a page as the model takes it; mostly all of the page."""
+
+    pixels: Tensor  # (h, w, 3) uint8, sized as in evaluation
+    box: Box
+
+
 class Prepared(NamedTuple):
     """A page as the model takes it, and what it takes to give its boxes in pixels and points of the page."""
 
     number: int  # of the page among all, from 0
-    pixels: Tensor  # (h, w, 3) uint8, sized as in evaluation
-    size: tuple[int, int]  # height, width before that
+    windows: list[Window]
+    size: tuple[int, int]  # height, width of the page
     location: PageLocation | None
     to_points: np.ndarray | None
+
+    def __str__(self) -> str:
+        return str(self.location or f"page {self.number}")
 
 
 class Failed(NamedTuple):
@@ -194,8 +249,8 @@ class Failed(NamedTuple):
 class Reader(Dataset):
     """Reads pages in the worker processes, and sends back no more of a page than the model needs."""
 
-    def __init__(self, data: DataConfig, dpi: float) -> None:
-        self.data, self.dpi = data, dpi
+    def __init__(self, data: DataConfig, dpi: float, tiles: bool) -> None:
+        self.data, self.dpi, self.tiles = data, dpi, tiles
 
     def __getitem__(self, item: tuple[int, Any]) -> Prepared | Failed:
         number, page = item
@@ -207,9 +262,14 @@ class Reader(Dataset):
                 pixels, to_points = as_array(page, number), None
         except PageError as error:
             return Failed(error)
-        size = pixels.shape[:2]
-        seen = sized(pixels, self.data.eval_short_edge, self.data)
-        return Prepared(number, torch.from_numpy(seen), size, location, to_points)
+        height, width = pixels.shape[:2]
+        boxes = windows_of((height, width), self.data) if self.tiles else [(0, 0, width, height)]
+        windows = []
+        for x1, y1, x2, y2 in boxes:
+            seen = sized(pixels[y1:y2, x1:x2], self.data.eval_short_edge, self.data)
+            # A view of a host's array may run backwards, or not be for writing: of these torch makes no tensor.
+            windows.append(Window(torch.from_numpy(np.require(seen, requirements=["C", "W"])), (x1, y1, x2, y2)))
+        return Prepared(number, windows, (height, width), location, to_points)
 
 
 def as_array(page: Any, number: int) -> np.ndarray:

@@ -4,7 +4,7 @@ Not needed to understand the model.
 """
 
 from collections import Counter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -47,10 +47,28 @@ def deploy(model: Model, fast: bool = False) -> Model:
         for module in model.modules():
             if isinstance(module, nn.Conv2d | nn.Linear | nn.MultiheadAttention) and module not in kept:
                 module.bfloat16()  # once, not in every forward pass
-        model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
-    if fast and device.type == "cuda":
-        compile_parts(model)
+    if fast:
+        model.forward = FastForward(model)
     return model
+
+
+class FastForward:
+    """The forward pass of a `fast` model. A class, so that a model is pickled and copied with its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.compiled = model, False
+        self.half = multiplies_bf16(next(model.parameters()).device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"compiled": False}  # torch leaves that out of a copy
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        device = next(self.model.parameters()).device.type
+        if device == "cuda" and not self.compiled:
+            compile_parts(self.model)
+            self.compiled = True
+        with torch.autocast(device, torch.bfloat16, enabled=self.half):
+            return type(self.model).forward(self.model, *args, **kwargs)
 
 
 def compile_parts(model: nn.Module) -> None:

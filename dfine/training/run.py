@@ -27,6 +27,7 @@ from dfine.config import Config, ConfigError
 from dfine.data.batches import WorkerError
 from dfine.data.transforms import PageError
 from dfine.distributed import say
+from dfine.files import lock
 from dfine.inference.evaluation import Stopped, evaluate, table
 from dfine.inference.pages import beside_truth
 from dfine.inference.pictures import grid
@@ -34,7 +35,6 @@ from dfine.model.detector import DFine
 from dfine.structures import Batch
 from dfine.training import metrics, optim, saved
 from dfine.training.engine import Data
-from dfine.training.lock import lock
 
 
 class Run:
@@ -143,7 +143,7 @@ class Run:
     def enter(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = lock(self.folder)  # kept: it ends with the file
+            self.lock = lock(self.folder, "run_dir")  # kept: it ends with the file
         except OSError as error:
             raise ConfigError(f"run_dir: cannot write to {self.folder} ({error.strerror})") from error
 

@@ -1,11 +1,14 @@
 """ONNX files say what the model says, and run without it."""
 
+import copy
 import json
 import os
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -108,6 +111,22 @@ def test_pages_of_different_shapes_in_one_batch_are_answered_as_alone(files: tup
         check(together[i], alone, scores=1e-6, boxes=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("canvas", "size"),
+    [((90, 64), (90, 64)), ((96, 50), (96, 50)), ((96, 64), (64, 96)), ((96, 64), (300, 200)), ((96, 64), (0, 64))],
+    ids=["height", "width", "width, height", "of the scan", "nothing"],
+)
+def test_another_runtime_fails_on_other_canvases_and_sizes_and_says_why(
+    files: tuple[Path, Path], canvas: tuple[int, int], size: tuple[int, int]
+) -> None:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(files[1]))
+    feed = {"images": np.zeros((2, 3, *canvas), np.uint8), "sizes": np.array([(32, 32), size])}
+    with pytest.raises(Exception, match=r"sides of images are no multiples of 32, or sizes are not \(height, width\)"):
+        session.run(None, feed | {"originals": np.full((2, 2), 100)})
+
+
 def test_the_metadata_say_what_the_labels_and_the_pages_are(files: tuple[Path, Path]) -> None:
     file = onnx.load(files[1])
     texts = {entry.key: entry.value for entry in file.metadata_props}
@@ -193,6 +212,36 @@ def test_a_file_that_cannot_be_used_is_named(files: tuple[Path, Path], tmp_path:
     }.items():
         with pytest.raises(CheckpointError, match=f"{name}: {message}"):
             dfine.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({"config": "{"}, "its metadata are not JSON"),
+        ({"categories": "[" * 100_000}, "its metadata are not JSON"),
+        ({"config": "[]"}, "lacks config"),
+        ({"categories": "{}"}, "lacks categories"),
+        ({"categories": '[{"id": 1}]'}, "its categories lack id or name"),
+        ({"config": '{"model": {"depth": 3}}'}, "written by another version of dfine .*depth"),
+        ({"config": '{"model":' * 500 + "1" + "}" * 500}, "written by another version of dfine"),
+    ],
+    ids=["cut", "nested", "list", "object", "nameless", "unknown key", "nested objects"],
+)
+def test_metadata_that_cannot_be_used_are_named_with_their_file(
+    files: tuple[Path, Path], tmp_path: Path, texts: dict[str, str], message: str
+) -> None:
+    file = onnx.load(files[1])
+    for entry in file.metadata_props:
+        entry.value = texts.get(entry.key, entry.value)
+    onnx.save(file, tmp_path / "odd.onnx")
+    with pytest.raises((CheckpointError, ConfigError), match=f"odd.onnx: .*{message}"):
+        dfine.load(tmp_path / "odd.onnx")
+
+
+def test_a_copy_of_a_detector_opens_the_file_again(files: tuple[Path, Path]) -> None:
+    detector = dfine.load(files[1])
+    for twin in (copy.deepcopy(detector), pickle.loads(pickle.dumps(detector))):
+        assert twin(drawn_page(), 0.0).boxes.tolist() == detector(drawn_page(), 0.0).boxes.tolist()
 
 
 def test_what_an_onnx_file_cannot_do_is_said(files: tuple[Path, Path]) -> None:

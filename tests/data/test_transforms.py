@@ -4,6 +4,7 @@ import struct
 import warnings
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from dfine.data.transforms import (
     THINNEST,
     TURNS,
     PageError,
+    as_page,
     augment,
     augmentation,
     canvas_of,
@@ -149,7 +151,11 @@ INK_ON_WHITE = np.where(striped() > 0, 255, 0)
         (Image.fromarray(striped().astype(np.uint16) * 257), "png", THREE_GREYS),
         (Image.fromarray(striped().astype(np.uint16) * 257), "tif", THREE_GREYS),
         (Image.fromarray(striped().astype(np.int32) * 257), "tif", THREE_GREYS),
-        *((Image.fromarray(np.float32(striped() / 255 * white)), "tif", THREE_GREYS) for white in (1, 255, 65535)),
+        *((Image.fromarray(np.uint16(striped() / 255 * (2**b - 1))), "png", THREE_GREYS) for b in (8, 10, 12, 14)),
+        *(
+            (Image.fromarray(np.float32(striped() / 255 * white)), "tif", THREE_GREYS)
+            for white in (1, 255, 4095, 65535)
+        ),
         (cmyk(), "jpg", THREE_GREYS),
         (cmyk(), "tif", THREE_GREYS),
         (Image.fromarray(striped() > 0), "png", INK_ON_WHITE),
@@ -168,6 +174,25 @@ def test_every_kind_of_image_looks_as_on_white_paper(
     assert found.dtype == np.uint8
     assert found.shape == (6, 8, 3)
     assert np.abs(found.astype(int) - expected[..., None]).max() <= 4  # some of the formats lose a little
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+def test_white_is_white_in_colours_of_16_bits_too(tmp_path: Path, bits: int, suffix: str, channels: int) -> None:
+    page = np.repeat(np.uint16(striped() / 255 * (2**bits - 1))[..., None], channels, axis=-1)
+    page[..., 3:] = 65535  # opaque
+    cv2.imwrite(str(tmp_path / f"page.{suffix}"), page)
+    found = read_page(tmp_path / f"page.{suffix}")
+    assert (found[:2] == 0).all()
+    assert (found[2:4] < 200).all()
+    assert (found[4:] == 255).all()
+
+
+@pytest.mark.parametrize("size", [(0, 10), (10, 0)])
+def test_an_image_without_pixels_is_no_page(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="it has no pixels"):
+        as_page(Image.new("RGB", size))
 
 
 def test_half_transparent_paper_is_laid_on_white(tmp_path: Path) -> None:

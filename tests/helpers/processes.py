@@ -2,14 +2,19 @@
 
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.context import ForkServerProcess
+from pathlib import Path
 
 import pytest
 import torch
+
+from dfine.files import lock
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train"])
@@ -56,6 +61,37 @@ def gone(group: int, seconds: float = 20) -> bool:
     except ProcessLookupError:
         return True
     return False
+
+
+@contextmanager
+def at_most(size: int) -> Iterator[None]:
+    """Files cannot become larger, as on a disk that is nearly full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextmanager
+def in_use(folder: Path) -> Iterator[int]:
+    """Another process has the folder, as `lock` gives it; its number."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (process,) = launch(_uses, folder, count=1)
+    while not (folder / "used").exists():
+        assert process.is_alive()
+        time.sleep(0.05)
+    assert process.pid is not None
+    yield process.pid
+    process.kill()
+    process.join()
+
+
+def _uses(folder: Path) -> None:
+    with lock(folder, "--out"):
+        (folder / "used").touch()
+        time.sleep(100)
 
 
 def _as_rank(rank: int, count: int, port: int, function: Callable[..., object], arguments: tuple[object, ...]) -> None:

@@ -213,6 +213,37 @@ def test_folders_are_searched_and_their_folders_are_no_images(tmp_path: Path) ->
     assert "gone.png:1" in listed(tmp_path)  # reading it says that it is not there
 
 
+@pytest.mark.parametrize("kind", [{}, {"format": "GIF"}, {"format": "JPEG2000"}, {"format": "AVIF"}, {"format": "TGA"}])
+def test_folders_have_what_is_read_by_name_whatever_its_ending(tmp_path: Path, kind: dict[str, str]) -> None:
+    Image.init()
+    ending = {"": "jfif", "GIF": "gif", "JPEG2000": "jp2", "AVIF": "avif", "TGA": "tga"}[kind.get("format", "")]
+    Image.fromarray(drawn_page()).save(tmp_path / f"a.{ending}", **kind)
+    (tmp_path / "b.h5").write_bytes(b"\x89HDF\r\n\x1a\n")  # Pillow knows it, and cannot read it
+    assert listed(tmp_path) == [f"a.{ending}:1"]
+    assert read(tmp_path / f"a.{ending}").pixels.shape == (120, 90, 3)
+
+
+def test_linked_folders_are_searched_once_even_if_they_go_round_in_circles(tmp_path: Path) -> None:
+    for name in ("pages/z/own.png", "elsewhere/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        Image.fromarray(drawn_page()).save(tmp_path / name)
+    for link, to in {"a": "pages/z", "b": "pages", "c": "elsewhere", "z/d": "elsewhere", "z/e": "pages/z"}.items():
+        (tmp_path / "pages" / link).symlink_to(tmp_path / to)
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "pages")
+    found = [str(place) for place in list_pages([tmp_path / "pages"])]
+    assert found == [str(tmp_path / "pages" / name) for name in ("c/c.png", "z/own.png")]
+
+
+def test_how_many_files_were_passed_over_is_said(tmp_path: Path) -> None:
+    for name in ("a.json", "b.JSON", "notes"):
+        (tmp_path / name).write_text("")
+    Image.fromarray(drawn_page()).save(tmp_path / "page.png")
+    (tmp_path / "own.png").write_bytes(MARK.encode())
+    kinds = rf"2 \.json, 1 without an ending, 1 {MARK}$"
+    with pytest.warns(UserWarning, match=rf"^{tmp_path}: passed over 4 files that are no pages: {kinds}"):
+        assert listed(tmp_path) == ["page.png:1"]
+
+
 def test_a_folder_without_pages_is_named(tmp_path: Path) -> None:
     (tmp_path / "own.png").write_bytes(MARK.encode())
     (message,) = listed(tmp_path)

@@ -1,19 +1,29 @@
 """A page in, detections out."""
 
+import copy
+import pickle
+import signal
+import subprocess
+import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from pdf import RED, write_pdf
 from PIL import Image
 from tiny import drawn_page, shaken, tiny_config, tiny_model
+from torch.utils.data import Dataset
 from torchvision.ops import box_iou
 
 import dfine
 from dfine.checkpoints import ours
 from dfine.config import Config, DataConfig
+from dfine.data.batches import PageLoader, begin_worker
 from dfine.data.sources import SyntheticPages
 from dfine.data.transforms import PageError, fit, pad, resize
 from dfine.inference import DEDUPE
@@ -218,6 +228,120 @@ def test_worker_processes_change_nothing(best: Path, documents: Path) -> None:
     for own, theirs in zip(detector.stream(pages, 0.0, workers=2, on_error=lambda _: None), alone, strict=True):
         assert (own.file, own.page, own.labels) == (theirs.file, theirs.page, theirs.labels)
         np.testing.assert_array_equal(own.boxes, theirs.boxes)
+
+
+def test_another_programs_signal_handlers_stay_and_pages_are_read_in_any_thread(best: Path) -> None:
+    detector, numbers = dfine.load(best, "cpu"), [signal.SIGCHLD, signal.SIGINT, signal.SIGTERM]
+    before = [signal.getsignal(number) for number in numbers]
+    mine = [lambda *_: None for _ in numbers]
+    for number, handler in zip(numbers, mine, strict=True):
+        signal.signal(number, handler)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            (found,) = pool.submit(detector, [drawn_page()], 0.0, workers=1).result(timeout=100)
+        (again,) = detector([drawn_page()], 0.0, workers=1)
+        assert [signal.getsignal(number) for number in numbers] == mine
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    np.testing.assert_array_equal(found.boxes, again.boxes)
+
+
+class Threads(Dataset):
+    """How many threads OpenCV has where an item is read."""
+
+    def __getitem__(self, _: int) -> int:
+        return cv2.getNumThreads()
+
+    def __len__(self) -> int:
+        return 1
+
+
+def test_opencvs_threads_are_another_programs_too_and_only_workers_do_without() -> None:
+    line = "import cv2; cv2.setNumThreads(3); from dfine.inference import pages; print(cv2.getNumThreads())"
+    said = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True).stdout
+    assert said == "3\n"
+    cv2.setNumThreads(3)
+    loader: Any = PageLoader(Threads(), batch_size=None, num_workers=1, worker_init_fn=begin_worker)
+    assert list(loader) == [1]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda detector: pickle.loads(pickle.dumps(detector))])
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_copy_of_a_detector_finds_the_same_with_weights_of_its_own(
+    best: Path, fast: bool, copied: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    detector = dfine.load(best, "cpu", fast=fast)
+    twin = copied(detector)
+    expected, found = detector(drawn_page(), 0.0), twin(drawn_page(), 0.0)
+    np.testing.assert_array_equal(found.scores, expected.scores)
+    np.testing.assert_array_equal(found.boxes, expected.boxes)
+    with torch.no_grad():
+        for weight in detector.model.parameters():
+            weight.zero_()
+    np.testing.assert_array_equal(twin(drawn_page(), 0.0).scores, expected.scores)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"threshold": 50}, {"threshold": float("nan")}, {"dedupe": -0.1}, {"batch_size": 0}, {"dpi": 0}],
+    ids=str,
+)
+def test_an_argument_that_means_nothing_is_refused(best: Path, wrong: dict[str, float]) -> None:
+    (name,) = wrong
+    with pytest.raises(ValueError, match=rf"{name}.* must be .*, found "):
+        dfine.load(best, "cpu").stream([drawn_page()], **wrong)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (120, 90)], ids=["the model's size", "another"])
+@pytest.mark.parametrize("view", [lambda page: page[:, :, ::-1], np.flipud, lambda page: np.rot90(page, 2)])
+def test_views_of_arrays_are_pages(best: Path, view: Any, size: tuple[int, int]) -> None:
+    detector, page = dfine.load(best, "cpu"), view(drawn_page(*size))
+    found = detector(page, 0.0)
+    np.testing.assert_array_equal(found.boxes, detector(page.copy(), 0.0).boxes)
+    page.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        detector(page)
+
+
+def test_an_image_without_pixels_is_told_and_the_others_go_on(best: Path) -> None:
+    errors: list[PageError] = []
+    found = dfine.load(best, "cpu")([Image.new("RGB", (0, 10)), drawn_page()], on_error=errors.append)
+    assert [str(error) for error in errors] == ["page 0: cannot read the image: it has no pixels"]
+    assert len(found) == 1
+
+
+# Long pages
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_long_page_is_told_once_a_file_and_windows_find_what_is_on_its_parts(
+    best: Path, tmp_path: Path, wide: bool
+) -> None:
+    """Two pages that are one image are seen in windows that show each of them alone."""
+    detector, pages = dfine.load(best, "cpu"), [drawn_page(120, 80), 255 - drawn_page(120, 80)]
+    if wide:
+        pages = [page.transpose(1, 0, 2) for page in pages]
+    long = Image.fromarray(np.concatenate(pages, axis=int(wide)))
+    long.save(tmp_path / "long.tif", save_all=True, append_images=[long])
+    shape = "wider than long" if wide else "longer than wide"
+    with pytest.warns(UserWarning, match=rf"long.tif, page 1: .* pixels are much {shape}: the model sees ") as told:
+        detector(tmp_path / "long.tif")
+    assert len([warning for warning in told if "much" in str(warning.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found, _ = detector(tmp_path / "long.tif", 0.0, 1.0, tiles=True, workers=1)
+    assert found.size == np.array(long).shape[:2]
+    assert found.scores.tolist() == sorted(found.scores.tolist(), reverse=True)
+    for i, page in enumerate(pages):
+        alone, start = detector(page, 0.0, 1.0), 120 * i
+        shift = np.array([start, 0, start, 0] if wide else [0, start, 0, start])
+        inner = alone.boxes[:, 0 if wide else 1] > 65 if i else alone.boxes[:, 2 if wide else 3] < 55
+        for box, label in zip(alone.boxes[inner] + shift, alone.classes[inner], strict=True):
+            assert (np.abs(found.boxes[found.classes == label] - box).max(1) < 1e-3).any()
+    assert detector(pages[0], 0.0, tiles=True).boxes.tolist() == detector(pages[0], 0.0).boxes.tolist()
 
 
 def test_pages_are_read_as_they_are_asked_for(best: Path) -> None:

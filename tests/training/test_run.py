@@ -23,10 +23,10 @@ from dfine.config import ConfigError, DataConfig
 from dfine.data.batches import TrainBatches, WorkerError
 from dfine.data.sources import CocoPages
 from dfine.data.transforms import PageError
+from dfine.files import lock
 from dfine.inference import evaluation
 from dfine.model.detector import DFine
 from dfine.training import run as run_module
-from dfine.training.lock import lock
 from dfine.training.run import Run
 
 
@@ -260,7 +260,7 @@ def test_a_run_that_waits_for_pages_ends_saved_when_it_is_told_to_and_resumes(
 
 def works_in(folder: Path) -> None:
     """A run that was killed: its worker lives on."""
-    file = lock(folder)
+    file = lock(folder, "run_dir")
     if os.fork():
         (folder / "locked").touch()
     time.sleep(100)
@@ -279,7 +279,7 @@ def test_a_second_run_in_a_folder_is_told_which_process_has_it_and_a_killed_one_
     assert not (tmp_path / "config.yaml").exists()
     process.kill()
     process.join()
-    lock(tmp_path).close()
+    lock(tmp_path, "run_dir").close()
     os.killpg(process.pid, signal.SIGKILL)
 
 
