@@ -33,6 +33,7 @@ State = dict[str, Tensor]
 DERIVED = re.compile(r"^decoder\.(.+\.)?(anchors|valid_mask|up|reg_scale|num_points_scale)$")
 COUNTER = "num_batches_tracked"  # of batch norms, read by none; frozen batch norms have none
 
+HGNETV2 = "hgnetv2_"  # how timm's names of these backbones start
 SQUASHED = DataConfig(sizing="squash", short_edges=(640,), eval_short_edge=640)  # as every published size was trained
 
 
@@ -48,10 +49,17 @@ class Foreign(NamedTuple):
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     data: DataConfig = SQUASHED
     layout: str = "original"  # whose names the file has: a column of `names.TABLE`
+    # Of a backbone that is timm's there too: its name, and the strides of its maps. Else it is an HGNetV2.
+    backbone: str = ""
+    strides: tuple[int, ...] = ()
 
     @property
     def classes(self) -> int:
         return _rows(self.state, "decoder.enc_score_head.weight")
+
+    @property
+    def levels(self) -> int:
+        return _count(self.state, r"encoder\.input_proj\.(\d+)\.")
 
 
 def our_name(name: str) -> str:
@@ -87,7 +95,7 @@ def one_line(path: str | Path, foreign: Foreign) -> Iterator[None]:
         )
         first, *others = said.splitlines()
         text = f"{first} {first_few(others)}".strip().replace(" has no counterpart", " is missing")
-        text = re.sub(r"[\w.]+\w", lambda m: _name_in(foreign.layout, m[0]), text)
+        text = re.sub(r"[\w.]+\w", lambda m: _name_in(foreign, m[0]), text)
         raise CheckpointError(f"{path}: {text}{kin(foreign.state)}") from error
 
 
@@ -96,8 +104,9 @@ def first_few(lines: list[str]) -> str:
     return "; ".join(lines[:5]) + (f"; ... ({len(lines)} in all)" if len(lines) > 5 else "")
 
 
-def _name_in(layout: str, name: str) -> str:
-    return renamed(name, "original", layout) or renamed(name, "ours", layout) or name
+def _name_in(foreign: Foreign, name: str) -> str:
+    layout, timm = foreign.layout, bool(foreign.backbone)
+    return renamed(name, "original", layout, timm) or renamed(name, "ours", layout, timm) or name
 
 
 def kin(names: Iterable[str]) -> str:
@@ -143,11 +152,13 @@ def translated(foreign: Foreign, model: DFine) -> State:
 def state_of(model: DFine, config: ModelConfig) -> State:
     """A model's weights as the original saves them, with what it derives from its own config.
 
+    A backbone that the original does not have keeps timm's names, under `backbone.timm`.
+
     Left out are mean and std, which the original does not have: it feeds images in [0, 1] as they are. Its anchors are
     those of images of 640x640 pixels.
     """
-    own = model.state_dict()
-    state = {theirs: own[name] for name in own if (theirs := renamed(name, "ours", "original"))}
+    own, timm = model.state_dict(), not config.backbone.name.startswith(HGNETV2)
+    state = {theirs: own[name] for name in own if (theirs := renamed(name, "ours", "original", timm))}
     curve = {"up": torch.tensor([config.decoder.a]), "reg_scale": torch.tensor([1 / config.decoder.c])}
     state |= {f"decoder.{part}{name}": x.clone() for name, x in curve.items() for part in ("", "decoder.")}
     scale = torch.tensor([1 / points for points in config.decoder.points for _ in range(points)])
@@ -166,12 +177,12 @@ def architecture(foreign: Foreign) -> ModelConfig:
     Raises:
         ValueError: a tensor that tells the architecture is missing, or timm has no such backbone.
     """
-    state = foreign.state
-    levels = _count(state, r"encoder\.input_proj\.(\d+)\.")
+    state, levels = foreign.state, foreign.levels
     dim, encoder_dim = _rows(state, "decoder.enc_output.proj.weight"), _rows(state, "encoder.input_proj.0.conv.weight")
     return ModelConfig(
-        backbone=BackboneConfig(name=_backbone(state), pretrained=False),
-        strides=tuple(32 >> level for level in reversed(range(levels))),  # all sizes end at stride 32
+        backbone=BackboneConfig(name=foreign.backbone or _backbone(state), pretrained=False),
+        # All sizes that are published end at stride 32.
+        strides=foreign.strides or tuple(32 >> level for level in reversed(range(levels))),
         hidden_dim=dim,
         encoder=EncoderConfig(
             hidden_dim=encoder_dim if encoder_dim != dim else 0,
@@ -253,6 +264,8 @@ def _backbone(state: State) -> str:
     for candidate, its_shapes in _hgnets().items():
         if its_shapes == shapes:
             return candidate
+    if any(name.startswith("backbone.timm.") for name in state):
+        raise ValueError("only a config.json in the same folder can say which backbone of timm it has")
     raise ValueError(f"timm {timm.__version__} has no HGNetV2 with the {len(shapes)} tensors of this backbone")
 
 
@@ -260,7 +273,7 @@ def _backbone(state: State) -> str:
 def _hgnets() -> dict[str, dict[str, torch.Size]]:
     """Names and shapes of the tensors of every HGNetV2 of timm."""
     with torch.device("meta"):  # without memory
-        bodies = {name: timm.create_model(name, features_only=True) for name in timm.list_models("hgnetv2_*")}
+        bodies = {name: timm.create_model(name, features_only=True) for name in timm.list_models(f"{HGNETV2}*")}
     return {
         name: {key: x.shape for key, x in body.state_dict().items() if not key.endswith(COUNTER)}
         for name, body in bodies.items()

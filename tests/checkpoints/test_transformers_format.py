@@ -6,15 +6,17 @@ import json
 import re
 import shutil
 import struct
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
-from published import noise, publish_recorded, publish_size, recorded, their_answers
+from published import RECORDED_ON_TIMM, noise, publish_recorded, publish_size, recorded, their_answers
 from safetensors.torch import load, load_file, save_file
 from tiny import tiny_config, tiny_model
 from torch import Tensor
@@ -40,6 +42,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own(folder: Path, tmp_path: Path) -> Path:
     """A copy to break."""
     return Path(shutil.copytree(folder, tmp_path / "own"))
+
+
+@pytest.fixture
+def on_timm(tmp_path: Path) -> Path:
+    """The recorded model around a ConvNeXt of timm, as transformers 5 writes it."""
+    return publish_recorded(tmp_path / "on_timm", RECORDED_ON_TIMM)
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +108,59 @@ def test_pages_are_sized_and_normalised_as_preprocessor_config_says(own: Path) -
     assert (config.data.eval_short_edge, config.data.squash_aspect) == (480, 0.75)
     torch.testing.assert_close(model.mean.flatten(), torch.tensor([0.485, 0.456, 0.406]))
     change(own / "preprocessor_config.json", size={"shortest_edge": 480, "longest_edge": 800})
-    data = load_model(own)[1].data
+    with pytest.warns(UserWarning, match="truncates sides"):
+        data = load_model(own)[1].data
     assert (data.sizing, data.eval_short_edge, data.max_long_edge) == ("keep_aspect", 480, 800)
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_a_model_on_a_backbone_of_timm_gives_the_recorded_answers(version: int, on_timm: Path) -> None:
+    """transformers 4 and 5 have the backbone at other places of config.json."""
+    if version == 4:
+        flags = {"use_timm_backbone": True, "backbone": "test_convnext", "backbone_kwargs": {"out_indices": [-3, 2, 3]}}
+        change(on_timm / "config.json", backbone_config=None, **flags)
+    model, config, _ = load_model(on_timm)
+    assert (config.model.backbone.name, config.model.backbone.pretrained) == ("test_convnext", False)
+    assert config.model.strides == (8, 16, 32)
+    expected = recorded(RECORDED_ON_TIMM)
+    check(answers(model, noise(96, 160)), (torch.tensor(expected["logits"]), torch.tensor(expected["boxes"])))
+
+
+@pytest.mark.parametrize(
+    ("size", "more", "said"),
+    [
+        ({"height": 64, "width": 96}, {"do_pad": True}, ()),  # all pages have one size, and there is nothing to pad
+        ({"height": 64, "width": 96}, {"do_pad": True, "pad_size": {"height": 64, "width": 96}}, ()),
+        ({"height": 64, "width": 96}, {"do_pad": True, "pad_size": {"height": 96, "width": 96}}, ("to 96x96",)),
+        ({"height": 64, "width": 96}, {"do_pad": False, "pad_size": {"height": 96, "width": 96}}, ()),
+        ({"shortest_edge": 64, "longest_edge": 96}, {}, ("truncates sides",)),
+        ({"shortest_edge": 64, "longest_edge": 96}, {"do_pad": True}, ("truncates sides", "the largest page of a")),
+        (
+            {"shortest_edge": 64, "longest_edge": 96},
+            {"do_pad": True, "pad_size": {"height": 96, "width": 96}},
+            ("truncates sides", "padded there to 96x96, and boxes are fractions of that"),
+        ),
+    ],
+)
+def test_what_is_not_done_exactly_as_there_is_said_once(
+    size: dict[str, int], more: dict[str, Any], said: tuple[str, ...], own: Path
+) -> None:
+    change(own / "preprocessor_config.json", size=size, **more)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data = load_model(own)[1].data
+    assert data.eval_short_edge == 64
+    assert len(caught) == bool(said)
+    for text in said:
+        assert text in str(caught[0].message)
+        assert str(caught[0].message).startswith(f"{own / 'preprocessor_config.json'}: ")
+
+
+def test_pages_are_normalised_with_imagenets_mean_unless_the_file_has_another(own: Path) -> None:
+    (own / "preprocessor_config.json").write_text('{"do_normalize": true}')  # transformers fills in the rest
+    torch.testing.assert_close(load_model(own)[0].std.flatten(), torch.tensor([0.229, 0.224, 0.225]))
+    change(own / "preprocessor_config.json", image_mean=[0.1, 0.2, 0.3])
+    torch.testing.assert_close(load_model(own)[0].mean.flatten(), torch.tensor([0.1, 0.2, 0.3]))
 
 
 def copied(folder: Path) -> dict[str, Tensor]:
@@ -190,6 +249,65 @@ def test_a_config_that_contradicts_the_tensors_is_named(values: dict[str, Any], 
     change(own / "config.json", **values)
     text = refusal(own)
     assert text.startswith(f"{own / 'config.json'}: ")
+    assert message in text
+
+
+BATCH_NORMS = {"backbone": "test_efficientnet", "out_indices": [2, 3, 4]}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "values", "message"),
+    [
+        ({"backbone": "convnext_ato"}, {}, "timm {version} cannot make the backbone 'convnext_ato'"),
+        ({"out_indices": [2, 3]}, {}, "out_indices must be the numbers of 3 maps, found [2, 3]"),
+        ({"out_indices": None}, {}, "out_indices must be the numbers of 3 maps, found None"),
+        ({"out_indices": [2, 3, 4]}, {}, "out_indices are [2, 3, 4], test_convnext has 4 maps"),
+        ({"backbone": "test_vit", "out_indices": [0, 1, 2]}, {}, "of each stride dfine takes the first map, [0, 0, 0]"),
+        ({"num_channels": 1}, {}, "contradicts model.safetensors: backbone_config.num_channels is 1, the model has 3"),
+        ({"output_stride": 16}, {}, "backbone_config.output_stride is 16, the model has None"),
+        (BATCH_NORMS, {}, "8 of its 12 batch norms are timm's BatchNormAct2d, whose activations are lost"),
+        (BATCH_NORMS, {"freeze_backbone_batch_norms": False}, None),
+        (BATCH_NORMS | {"freeze_batch_norm_2d": True}, {}, None),
+        ({"backbone": "inception_v4", "out_indices": [2, 3, 4]}, {}, "its batch norms have eps 0.001, and 1e-05 where"),
+        ({"backbone": "swin_tiny_patch4_window7_224"}, {}, "its maps have their channels last"),
+        ({"backbone": "convnext_atto"}, {}, None),
+    ],
+)
+def test_a_backbone_of_timm_that_is_not_the_same_there_is_refused(
+    backbone: dict[str, Any], values: dict[str, Any], message: str | None, on_timm: Path
+) -> None:
+    """None: it would be, but the weights are of another."""
+    settings = json.loads((on_timm / "config.json").read_text())
+    change(on_timm / "config.json", backbone_config=settings["backbone_config"] | backbone, **values)
+    text = refusal(on_timm)
+    if message is None:
+        assert text.startswith(f"{on_timm / 'model.safetensors'}: ")
+        assert "model.backbone.model._backbone." in text
+    else:
+        assert text.startswith(f"{on_timm / 'config.json'}: ")
+        assert message.format(version=timm.__version__) in text
+
+
+def test_a_file_alone_does_not_name_its_backbone_of_timm(on_timm: Path) -> None:
+    assert "only a config.json in the same folder can say which backbone" in refusal(on_timm / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"do_pad": True, "pad_size": {"height": 96, "width": 96}}, "do not fit into pad_size"),
+        ({"size": {"shortest_edge": 480}}, "cannot be followed (KeyError: 'longest_edge')"),
+        ({"size": {"max_height": 480, "max_width": 480}}, "cannot be followed"),
+        ({"do_normalize": True, "image_std": [1, 1, 0]}, "model.std: must be three positive numbers"),
+        ({"image_processor_type": "YolosImageProcessor"}, 'image_processor_type must be "RTDetrImageProcessor"'),
+        ({"resample": 3}, "resample must be 2, found 3"),
+        ({"do_rescale": False}, "do_rescale must be true, found False"),
+    ],
+)
+def test_preprocessing_that_cannot_be_followed_is_refused(values: dict[str, Any], message: str, own: Path) -> None:
+    change(own / "preprocessor_config.json", **values)
+    text = refusal(own)
+    assert text.startswith(f"{own / 'preprocessor_config.json'}: ")
     assert message in text
 
 
