@@ -23,9 +23,7 @@ from torch import Tensor
 from dfine.checkpoints.names import renamed
 from dfine.checkpoints.ours import CheckpointError
 from dfine.config import BackboneConfig, DataConfig, DecoderConfig, EncoderConfig, ModelConfig
-from dfine.model.deformable_attention import DeformableAttention
 from dfine.model.detector import DFine, class_dependent
-from dfine.model.fdr import weighting_function
 
 State = dict[str, Tensor]
 
@@ -118,14 +116,14 @@ def kin(names: Iterable[str]) -> str:
 
 
 def translated(foreign: Foreign, model: DFine) -> State:
-    """The state dict of our model from another implementation's checkpoint.
+    """The state dict of our model, whose config must mean the same, from another implementation's checkpoint.
 
     Class heads and denoising embedding have a row for each class of the checkpoint, whatever classes the model has. The
     embedding, which only training needs, may be missing.
 
     Raises:
-        ValueError: names every tensor that does not map, every one of ours without a counterpart, and everything of
-            the config that contradicts the checkpoint.
+        ValueError: names every tensor that does not map, every one of ours without a counterpart, and copies of a
+            number that differ.
     """
     theirs, own = foreign.state, model.state_dict()
     names = {name: our_name(name) for name in theirs if not DERIVED.search(name)}
@@ -143,7 +141,7 @@ def translated(foreign: Foreign, model: DFine) -> State:
     for name, ours in names.items():
         if ours in own and theirs[name].shape != shapes[ours]:
             wrong.append(f"{name} {tuple(theirs[name].shape)} does not fit {ours} {tuple(shapes[ours])}")
-    wrong += _contradictions(foreign, model)
+    wrong += _contradictions(theirs)
     if wrong:
         raise ValueError("the checkpoint does not fit this model:\n" + "\n".join(wrong))
     return state
@@ -220,21 +218,15 @@ def _weights(checkpoint: dict[str, Any]) -> Any:
     return average["module"] if isinstance(average, dict) and "module" in average else checkpoint.get("model")
 
 
-def _contradictions(foreign: Foreign, model: DFine) -> Iterator[str]:
-    """Where the model would load the weights but compute something else with them."""
-    state, decoder = foreign.state, decoder_config(foreign.state)
-    points = next(module.points for module in model.modules() if isinstance(module, DeformableAttention))
-    w = weighting_function(decoder.bins, decoder.a, decoder.c).to(model.decoder.w)
-    if w.shape == model.decoder.w.shape and not torch.allclose(w, model.decoder.w):
-        yield f"decoder.up, decoder.reg_scale: need model.decoder.a={decoder.a} and model.decoder.c={decoder.c}"
+def _contradictions(state: State) -> Iterator[str]:
+    """Where copies of a number that our model has once differ."""
+    points = _points(state, "decoder.decoder.layers.0.cross_attn.num_points_scale")
     for name, tensor in state.items():
         twin = name.removeprefix("decoder.")
         if name in ("decoder.decoder.up", "decoder.decoder.reg_scale") and not tensor.equal(_tensor(state, twin)):
             yield f"{name} is not {twin}"
         if name.endswith("num_points_scale") and _points(state, name) != points:
-            yield f"{name} needs model.decoder.points={list(_points(state, name))}"
-    if model.encoder.aifi.attention.num_heads != foreign.encoder_heads:
-        yield f"encoder.encoder.0.layers.0.self_attn: needs model.encoder.heads={foreign.encoder_heads}"
+            yield f"{name} has the points {list(_points(state, name))}, layer 0 has {list(points)}"
 
 
 def _number(state: State, name: str) -> float:

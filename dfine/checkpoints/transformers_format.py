@@ -212,7 +212,7 @@ def _strides(told: dict[str, Any], frozen: bool, levels: int, path: Path) -> tup
     Raises:
         CheckpointError: timm has no such backbone, or transformers or our models would compute something else with it.
     """
-    name, indices = told.get("backbone"), told.get("out_indices")
+    name, indices = str(told.get("backbone")), told.get("out_indices")
     if not isinstance(indices, list) or not all(type(i) is int for i in indices) or len(indices) != levels:
         raise CheckpointError(f"{path}: out_indices must be the numbers of {levels} maps, found {indices!r}")
     try:
@@ -341,12 +341,14 @@ def _contradictions(theirs: dict[str, Any], facts: dict[str, Any], width: int) -
 def write(folder: Path, model: DFine, config: Config, categories: list[dict[str, Any]]) -> None:
     """Writes a model so that `DFineForObjectDetection.from_pretrained` and `AutoImageProcessor` open it.
 
+    Pages go through them as through `dfine.load`: there a page is a canvas of one size, up to its edges.
+
     Args:
         model: as trained, not deployed.
     Raises:
-        CheckpointError: the layout cannot express the model; says why. Nothing is written.
+        CheckpointError: the layout cannot express the model or how its pages are sized; says why. Nothing is written.
     """
-    require_published(config.model, "transformers")
+    require("transformers", [*_unlike_there(model), *_unsized_there(config.data, model.strides[-1])])
     theirs = original.state_of(model, config.model)
     state: State = {}
     for name, tensor in theirs.items():
@@ -356,12 +358,12 @@ def write(folder: Path, model: DFine, config: Config, categories: list[dict[str,
         if ".in_proj_" in full:
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):
                 state[full.replace(".in_proj_", f".{letter}_proj.")] = part.clone()
-        else:
+        elif config.model.denoising.queries or "denoising" not in full:
             state[full] = tensor.contiguous()
     names = [category["name"] for category in categories]
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (
-        (SETTINGS, config_json(config.model, theirs, names)),
+        (SETTINGS, config_json(model, config.model, theirs, names)),
         (PREPROCESSING, preprocessor_json(model, config.data)),
     ):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -370,24 +372,62 @@ def write(folder: Path, model: DFine, config: Config, categories: list[dict[str,
     beside.replace(folder / WEIGHTS)
 
 
-def require_published(config: ModelConfig, layout: str) -> None:
-    """Raises CheckpointError, with the reasons, unless a published layout can express the model."""
+def require(layout: str, reasons: list[str]) -> None:
+    """Raises CheckpointError if there are reasons why a layout cannot express a model."""
+    if reasons:
+        raise CheckpointError(f"the layout of {layout} cannot express this model: {'; '.join(reasons)}")
+
+
+def unpublished(config: ModelConfig) -> list[str]:
+    """Why a model is none of those that are published, in size or not."""
     reasons = []
-    if not config.backbone.name.startswith("hgnetv2_"):
+    if not config.backbone.name.startswith(original.HGNETV2):
         reasons.append(f"its backbone is {config.backbone.name}, the layout knows HGNetV2 alone (timm's hgnetv2_*)")
     if config.strides[-1] != 32:
         reasons.append(f"its last stride is {config.strides[-1]}, not 32")
     if config.decoder.bins != 32:
         reasons.append(f"it has {config.decoder.bins} bins, not 32")
-    if reasons:
-        raise CheckpointError(f"the layout of {layout} cannot express this model: {'; '.join(reasons)}")
+    return reasons
 
 
-def config_json(config: ModelConfig, state: State, names: list[str]) -> dict[str, Any]:
+def _unlike_there(model: DFine) -> list[str]:
+    """Why transformers would compute something else with a model's weights."""
+    name = model.config.backbone.name
+    if name.startswith(original.HGNETV2):
+        return unpublished(model.config)
+    if model.pyramid is not None:
+        return [f"{name} has one stride, of which transformers makes no pyramid"]
+    differs = _differs_there(model.backbone.body, frozen=True)
+    return [f"with {name} transformers computes something else than timm: {differs}"] if differs else []
+
+
+def _unsized_there(data: DataConfig, stride: int) -> list[str]:
+    """Why transformers would not see pages as the model does."""
+    if data.sizing == "keep_aspect":
+        return [
+            "its pages keep their aspect (data.sizing), so their sides are no multiples of its last stride, which "
+            "transformers needs, and it cannot pad them so that boxes stay right. Give all pages one size, such as "
+            "data.sizing=squash data.squash_aspect=1.45, and let evaluate.py say what that costs"
+        ]
+    size = model_size((1, 1), data.eval_short_edge, data)
+    if any(side % stride for side in size):
+        near = f"{round(size[0] / stride) * stride}x{round(size[1] / stride) * stride}"
+        return [f"its pages are {size[0]}x{size[1]}: transformers needs multiples of {stride}, such as {near}"]
+    return []
+
+
+def config_json(model: DFine, config: ModelConfig, state: State, names: list[str]) -> dict[str, Any]:
     """config.json. `state`: the model's by the original's names."""
-    noise, facts = config.denoising, _facts(config, state)
-    # transformers takes the backbone's channels from hidden_sizes; in published files they are a leftover.
-    facts["backbone_config"]["hidden_sizes"] = facts["backbone_config"]["stage_out_channels"]
+    noise = config.denoising
+    if config.backbone.name.startswith(original.HGNETV2):
+        backbone = _hgnetv2(state, len(config.strides))
+        # transformers takes the backbone's channels from hidden_sizes; in published files they are a leftover.
+        backbone["hidden_sizes"] = backbone["stage_out_channels"]
+    else:
+        # All of this, and nothing else, so that transformers 4 reads it as well as 5.
+        name, indices = config.backbone.name, model.backbone.indices
+        backbone = {"model_type": "timm_backbone", "backbone": name, "out_indices": indices}
+        backbone["use_pretrained_backbone"] = False
     return {
         "architectures": ["DFineForObjectDetection"],
         "model_type": "d_fine",
@@ -399,20 +439,18 @@ def config_json(config: ModelConfig, state: State, names: list[str]) -> dict[str
         "num_denoising": noise.queries,
         "label_noise_ratio": 2 * noise.label_noise,  # transformers halves it
         "box_noise_scale": noise.box_noise,
-        **facts,
+        **_facts(config, state, backbone),
     }
 
 
 def preprocessor_json(model: DFine, data: DataConfig) -> dict[str, Any]:
     """preprocessor_config.json: pages as in evaluation."""
     mean, std = model.mean.flatten().tolist(), model.std.flatten().tolist()
-    size = {"shortest_edge": data.eval_short_edge, "longest_edge": data.max_long_edge}
-    if data.sizing == "squash":
-        size = dict(zip(("height", "width"), model_size((1, 1), data.eval_short_edge, data), strict=True))
+    height, width = model_size((1, 1), data.eval_short_edge, data)
     return {
-        "image_processor_type": "RTDetrImageProcessor",
+        "image_processor_type": PROCESSORS[0],
         "do_resize": True,
-        "size": size,
+        "size": {"height": height, "width": width},
         "resample": BILINEAR,
         "do_rescale": True,
         "rescale_factor": 1 / 255,

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -171,6 +172,17 @@ def their_answers(folder: Path, pages: Tensor) -> tuple[Tensor, Tensor]:
     with torch.inference_mode():
         output = model.eval().double()(pages)
     return output.logits, output.pred_boxes
+
+
+def their_detections(folder: Path, page: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores (Q,), labels (Q,) and boxes (Q, 4) xyxy in pixels of a page, by transformers alone; the best first."""
+    from transformers import AutoImageProcessor, DFineForObjectDetection
+
+    processor, model = (kind.from_pretrained(folder) for kind in (AutoImageProcessor, DFineForObjectDetection))
+    with torch.inference_mode():
+        output = model.eval()(**processor(images=Image.fromarray(page), return_tensors="pt"))
+    found = processor.post_process_object_detection(output, threshold=0, target_sizes=[page.shape[:2]])[0]
+    return found["scores"].numpy(), found["labels"].numpy(), found["boxes"].numpy()
 
 
 def record(path: Path, size: str) -> None:
