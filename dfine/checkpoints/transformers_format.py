@@ -246,8 +246,9 @@ def _differs_there(body: nn.Module, frozen: bool) -> str:
     if frozen and active:
         kinds = f"{len(active)} of its {len(norms)} batch norms are timm's {type(active[0]).__name__}"
         reasons.append(f"{kinds}, whose activations are lost where transformers freezes them")
-    if frozen and any(norm.eps != FIXED["batch_norm_eps"] for norm in norms):
-        reasons.append(f"its batch norms have eps {norms[0].eps}, and {FIXED['batch_norm_eps']} where it freezes them")
+    other = {norm.eps for norm in norms} - {FIXED["batch_norm_eps"]}
+    if frozen and other:
+        reasons.append(f"its batch norms have eps {min(other)}, and {FIXED['batch_norm_eps']} where it freezes them")
     if getattr(body, "output_fmt", Format.NCHW) != Format.NCHW:
         reasons.append("its maps have their channels last, where transformers expects them first")
     return "; ".join(reasons)
