@@ -6,7 +6,7 @@
 
 PATH is a folder for the last two, and for onnx a file such as model.onnx. The original knows HGNetV2 as a backbone,
 transformers most of timm's. It takes pages of one size alone: for a model whose pages keep their aspect choose one, by
-data.sizing=squash and, for pages in portrait, data.squash_aspect=1.45 (height / width).
+data.sizing=squash and, for pages in portrait, data.squash_aspect=1.45 (height / width; transformers 4 needs squares).
 """
 
 import argparse

@@ -342,7 +342,8 @@ def _contradictions(theirs: dict[str, Any], facts: dict[str, Any], width: int) -
 def write(folder: Path, model: DFine, config: Config, categories: list[dict[str, Any]]) -> None:
     """Writes a model so that `DFineForObjectDetection.from_pretrained` and `AutoImageProcessor` open it.
 
-    Pages go through them as through `dfine.load`: there a page is a canvas of one size, up to its edges.
+    Pages of any shape are squashed to one size there, and get the boxes that `dfine.load` gives them. Where that size
+    is not square, transformers 4 answers otherwise: it numbers positions by column, as the original does, and 5 by row.
 
     Args:
         model: as trained, not deployed.
