@@ -4,7 +4,9 @@
     transformers  config.json, preprocessor_config.json and model.safetensors, for `DFineForObjectDetection`
     original      model.pth, the weights as the original implementation has them; classes by number
 
-The last two are for models around an HGNetV2; PATH is a folder for them, and for onnx a file such as model.onnx.
+PATH is a folder for the last two, and for onnx a file such as model.onnx. The original knows HGNetV2 as a backbone,
+transformers most of timm's. It takes pages of one size alone: for a model whose pages keep their aspect choose one, by
+data.sizing=squash and, for pages in portrait, data.squash_aspect=1.45 (height / width; transformers 4 needs squares).
 """
 
 import argparse
@@ -20,7 +22,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--format", required=True, choices=("onnx", "transformers", "original"))
     parser.add_argument("--out", required=True, type=Path, help="what to write")
     parser.add_argument("--half", action="store_true", help="onnx: weights in half precision, for half the file")
-    options = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="how pages are sized, as data.sizing=squash")
+    options = parser.parse_intermixed_args()
     if options.half and options.format != "onnx":
         parser.error("--half is for --format onnx")
     return options
@@ -34,20 +37,22 @@ from typing import Any
 
 from dfine.checkpoints import onnx_format, original, ours, transformers_format
 from dfine.checkpoints.loading import load_model
-from dfine.config import Config
+from dfine.config import Config, ConfigError, override
+from dfine.data.transforms import model_size
 from dfine.files import try_writing
 from dfine.model.detector import DFine
 
 
 def to_transformers(folder: Path, model: DFine, config: Config, categories: list[dict[str, Any]]) -> None:
     transformers_format.write(folder, model, config, categories)
-    print(f"{folder}: {len(categories)} classes for transformers' DFineForObjectDetection")
-    if config.data.sizing == "keep_aspect":
-        print("pages keep their aspect: in one batch transformers takes only pages of one size, best with sides in 32s")
+    height, width = model_size((1, 1), config.data.eval_short_edge, config.data)
+    print(
+        f"{folder}: {len(categories)} classes and pages of {height}x{width} for transformers' DFineForObjectDetection"
+    )
 
 
 def to_original(folder: Path, model: DFine, config: Config, categories: list[dict[str, Any]]) -> None:
-    transformers_format.require_published(config.model, "the original")
+    transformers_format.require("the original", transformers_format.unpublished(config.model))
     mean, std = (x.flatten().tolist() for x in (model.mean, model.std))
     if (mean, std) != ([0.0] * 3, [1.0] * 3):
         raise ours.CheckpointError(
@@ -71,6 +76,10 @@ def to_onnx(path: Path, model: DFine, config: Config, categories: list[dict[str,
 def main() -> None:
     options = arguments()
     model, config, categories = load_model(options.checkpoint)
+    for text in options.overrides:
+        if not text.startswith("data."):
+            raise ConfigError(f"override {text!r}: the model is the checkpoint's; set data only")
+    config = override(config, options.overrides)
     if options.format == "onnx":
         to_onnx(options.out, model, config, categories, options.half)
     else:

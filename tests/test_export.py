@@ -12,7 +12,7 @@ from tiny import tiny_config, tiny_model
 from dfine import export
 from dfine.checkpoints import ours
 from dfine.checkpoints.loading import load_model
-from dfine.config import Config
+from dfine.config import Config, ConfigError
 from dfine.model.detector import DFine
 
 
@@ -42,6 +42,17 @@ def test_a_run_becomes_a_folder_that_answers_the_same(
         assert model(pages).refined.logits.equal(run[1](pages).refined.logits)
 
 
+def test_pages_can_be_sized_in_another_way_than_in_the_run(
+    run: tuple[Path, DFine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["--checkpoint", run[0], "--format", "transformers", "--out", tmp_path / "out"]
+    start(monkeypatch, *line, "data.eval_short_edge=320", "data.squash_aspect=1.5")
+    assert "3 classes and pages of 480x320" in capsys.readouterr().out
+    assert load_model(tmp_path / "out")[1].data.squash_aspect == 1.5
+    with pytest.raises(ConfigError, match="the model is the checkpoint's; set data only"):
+        start(monkeypatch, *line, "model.decoder.a=1")
+
+
 def test_a_run_becomes_a_file_of_the_original(
     run: tuple[Path, DFine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -51,9 +62,12 @@ def test_a_run_becomes_a_file_of_the_original(
     assert all(tensor.equal(again.state_dict()[name]) for name, tensor in run[1].state_dict().items())
 
 
-@pytest.mark.parametrize("layout", ["transformers", "original"])
+@pytest.mark.parametrize(
+    ("layout", "reason"),
+    [("transformers", "its pages keep their aspect"), ("original", "its backbone is test_convnext")],
+)
 def test_a_model_that_the_layout_cannot_express_ends_in_one_line(
-    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    layout: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     categories: list[dict[str, Any]] = [{"id": i, "name": str(i)} for i in range(3)]
     ours.save(tmp_path / "best.pt", ours.weights(Config(model=tiny_config()), categories, tiny_model()))
@@ -62,5 +76,5 @@ def test_a_model_that_the_layout_cannot_express_ends_in_one_line(
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(export.__file__), run_name="__main__")
     assert str(stopped.value.code).startswith("error: the layout of ")
-    assert "its backbone is test_convnext" in str(stopped.value.code)
+    assert reason in str(stopped.value.code)
     assert not (tmp_path / "out").exists()

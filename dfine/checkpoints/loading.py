@@ -8,20 +8,24 @@ Wherever a checkpoint is named it may be
     docling-project/docling-layout-egret-large  a name on the Hugging Face hub; `@revision` may follow
 """
 
+import math
 import re
 import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dfine.checkpoints import hub, original, ours, transformers_format
 from dfine.checkpoints.original import Foreign, State, one_line
 from dfine.checkpoints.ours import CheckpointError
-from dfine.config import Config, ConfigError, override
+from dfine.config import Config, ConfigError, ModelConfig, override
 from dfine.model.detector import DFine, class_dependent
 
 FILE_ENDINGS = {".pt", ".pth", ".safetensors"}
+# What a run may set otherwise than the checkpoint that it starts from. Mean and std are compared with the tensors.
+MAY_DIFFER = (*ours.MAY_DIFFER, "model.match_classes", "model.mean", "model.std")
 
 
 def locate(name: str | Path) -> Path:
@@ -83,8 +87,8 @@ def initialise(model: DFine, name: str, categories: list[dict[str, Any]], match_
     """Starts a new model from the weights of a checkpoint.
 
     Class heads and denoising embedding have a row for each class. Classes that both sides name alike keep theirs, the
-    others start anew; anything else must fit. Classes that the checkpoint knows by number are the model's if there are
-    as many.
+    others start anew; anything else must fit, and mean the same by the checkpoint's own config. Mean and std are the
+    checkpoint's. Classes that the checkpoint knows by number are the model's if there are as many.
 
     Args:
         categories: of the model's classes, in order.
@@ -92,10 +96,13 @@ def initialise(model: DFine, name: str, categories: list[dict[str, Any]], match_
     Returns:
         What was loaded, which classes keep their rows and which start anew, for people.
     Raises:
-        CheckpointError: not a checkpoint, or it does not fit; names what does not.
+        CheckpointError: not a checkpoint, or it does not fit, or means another model; names what does not fit, or
+            keys with both values.
     """
     path = locate(name)
-    state, theirs, count, source = _weights(path, model)
+    content = _read(path)
+    require_same(path, model.config, _architecture(path, content))
+    state, theirs, count, source = _weights(path, content, model)
     own, names = model.state_dict(), [category["name"] for category in categories]
     by_class = class_dependent(model)
     shapes = {key: (own[key].shape[0] - len(names) + count, *own[key].shape[1:]) for key in by_class}
@@ -103,6 +110,10 @@ def initialise(model: DFine, name: str, categories: list[dict[str, Any]], match_
     others = ours.misfit(model, {key: x for key, x in state.items() if key not in by_class}, by_class)
     if wrong or others:
         raise CheckpointError(f"{path}: does not fit this config's model at {', '.join(wrong) or others}")
+    for key, numbers in {"mean": model.config.mean, "std": model.config.std}.items():
+        if numbers and not state[key].flatten().allclose(torch.tensor(numbers)):
+            found = [round(number, 4) for number in state[key].flatten().tolist()]
+            raise CheckpointError(f"{path}: model.{key} is {[*numbers]}, there {found}: leave it out to take theirs")
     same = theirs == names or (theirs is None and count == len(names))
     rows: list[int | None] = [None] * len(names)
     if same or match_classes:
@@ -119,16 +130,57 @@ def initialise(model: DFine, name: str, categories: list[dict[str, Any]], match_
     return said + _class_map(rows, names, theirs, by_class, missing)
 
 
-def _weights(path: Path, model: DFine) -> tuple[State, list[str] | None, int, str]:
+def _architecture(path: Path, content: Foreign | dict[str, Any]) -> ModelConfig:
+    if not isinstance(content, Foreign):
+        return ours.architecture(path, content)
+    with one_line(_file(path), content):
+        return original.architecture(content)
+
+
+def require_same(path: Path, config: ModelConfig, theirs: ModelConfig) -> None:
+    """Raises CheckpointError, with keys and both values, where the weights of a checkpoint mean another model."""
+    now, before = (_by_key(settings.model_dump(mode="json")) for settings in (config, theirs))
+    meant, meant_there = now | _equivalents(config), before | _equivalents(theirs)
+    wrong = [
+        f"{key} is {now[key]}, there {before[key]}"
+        for key in now
+        if not key.startswith(MAY_DIFFER) and not _equal(meant[key], meant_there[key])
+    ]
+    if wrong:
+        raise CheckpointError(f"{path}: its weights are of another model than this config's: {'; '.join(wrong)}")
+
+
+def _by_key(tree: Any, key: str = "model") -> dict[str, Any]:
+    """Settings by keys such as model.decoder.a."""
+    if not isinstance(tree, dict):
+        return {key: tree}
+    return {k: value for name, inner in tree.items() for k, value in _by_key(inner, f"{key}.{name}").items()}
+
+
+def _equivalents(config: ModelConfig) -> dict[str, Any]:
+    """What some settings come to: others make the same model."""
+    encoder = config.encoder
+    width = encoder.hidden_dim or config.hidden_dim
+    return {
+        "model.backbone.name": config.backbone.name.partition(".")[0],  # what follows names weights
+        "model.encoder.hidden_dim": width,
+        "model.encoder.depth_mult": round(3 * encoder.depth_mult),
+        "model.encoder.expansion": math.floor(encoder.expansion * width / 2),
+    }
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return math.isclose(a, b, rel_tol=1e-6) if isinstance(a, float) else a == b  # tensors tell a and c in float32
+
+
+def _weights(path: Path, content: Foreign | dict[str, Any], model: DFine) -> tuple[State, list[str] | None, int, str]:
     """Weights by our names, the names of the classes if it has them, their number, and what it is, for people."""
-    content = _read(path)
     names: list[str] | None
     if isinstance(content, Foreign):
         names, count = content.names, content.classes
         with one_line(_file(path), content):
             state = original.translated(content, model)
     else:
-        ours.require(path, content, ours.FOR_USE)
         names = [category["name"] for category in content["categories"]]
         state, count = dict(content["ema"]), len(names)
     if names is not None:

@@ -62,9 +62,13 @@ DECODER_LAYER = [
     Row("feedforward.2", "linear2", "fc2"),
     Row("norm2", "norm3", "final_layer_norm"),
 ]
-TABLE = [
+HGNETV2 = [
     *within("backbone.body.stem", "backbone.stem", "model.backbone.model.embedder", HGNET),
     *within("backbone.body.stages_#", "backbone.stages.#", "model.backbone.model.encoder.stages.#", HGNET),
+]
+TABLE = [
+    *HGNETV2,
+    Row("backbone.body", "backbone.timm", "model.backbone.model._backbone"),  # any of timm; the original has none
     *within("encoder.projections.#", "encoder.input_proj.#", "model.encoder_input_proj.#", PROJECTION),
     *within("encoder.aifi", "encoder.encoder.0.layers.0", "model.encoder.encoder.0.layers.0", AIFI),
     *within("encoder.laterals.#", "encoder.lateral_convs.#", "model.encoder.lateral_convs.#", CONV_NORM),
@@ -107,13 +111,16 @@ PATTERNS = {  # their last group is what follows the module's name
 }
 
 
-def renamed(name: str, source: str, target: str) -> str | None:
+def renamed(name: str, source: str, target: str, timm: bool = False) -> str | None:
     """The name of a tensor in another column of the table; None if the table does not know it.
 
     Args:
         source, target: "ours", "original" or "transformers".
+        timm: the backbone is one of timm's there too. Its names in our model, such as `stages_1.downsample.conv`, can
+            be those of an HGNetV2.
     """
-    for row, pattern in zip(TABLE, PATTERNS[source], strict=True):
+    rows = slice(len(HGNETV2) if timm else 0, None)
+    for row, pattern in zip(TABLE[rows], PATTERNS[source][rows], strict=True):
         if found := pattern.fullmatch(name):
             *values, rest = found.groups()
             tokens, others = (re.findall(r"[#+*]", getattr(row, column)) for column in (source, target))

@@ -23,9 +23,7 @@ from torch import Tensor
 from dfine.checkpoints.names import renamed
 from dfine.checkpoints.ours import CheckpointError
 from dfine.config import BackboneConfig, DataConfig, DecoderConfig, EncoderConfig, ModelConfig
-from dfine.model.deformable_attention import DeformableAttention
 from dfine.model.detector import DFine, class_dependent
-from dfine.model.fdr import weighting_function
 
 State = dict[str, Tensor]
 
@@ -33,6 +31,7 @@ State = dict[str, Tensor]
 DERIVED = re.compile(r"^decoder\.(.+\.)?(anchors|valid_mask|up|reg_scale|num_points_scale)$")
 COUNTER = "num_batches_tracked"  # of batch norms, read by none; frozen batch norms have none
 
+HGNETV2 = "hgnetv2_"  # how timm's names of these backbones start
 SQUASHED = DataConfig(sizing="squash", short_edges=(640,), eval_short_edge=640)  # as every published size was trained
 
 
@@ -48,10 +47,17 @@ class Foreign(NamedTuple):
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
     data: DataConfig = SQUASHED
     layout: str = "original"  # whose names the file has: a column of `names.TABLE`
+    # Of a backbone that is timm's there too: its name, and the strides of its maps. Else it is an HGNetV2.
+    backbone: str = ""
+    strides: tuple[int, ...] = ()
 
     @property
     def classes(self) -> int:
         return _rows(self.state, "decoder.enc_score_head.weight")
+
+    @property
+    def levels(self) -> int:
+        return _count(self.state, r"encoder\.input_proj\.(\d+)\.")
 
 
 def our_name(name: str) -> str:
@@ -87,7 +93,7 @@ def one_line(path: str | Path, foreign: Foreign) -> Iterator[None]:
         )
         first, *others = said.splitlines()
         text = f"{first} {first_few(others)}".strip().replace(" has no counterpart", " is missing")
-        text = re.sub(r"[\w.]+\w", lambda m: _name_in(foreign.layout, m[0]), text)
+        text = re.sub(r"[\w.]+\w", lambda m: _name_in(foreign, m[0]), text)
         raise CheckpointError(f"{path}: {text}{kin(foreign.state)}") from error
 
 
@@ -96,8 +102,9 @@ def first_few(lines: list[str]) -> str:
     return "; ".join(lines[:5]) + (f"; ... ({len(lines)} in all)" if len(lines) > 5 else "")
 
 
-def _name_in(layout: str, name: str) -> str:
-    return renamed(name, "original", layout) or renamed(name, "ours", layout) or name
+def _name_in(foreign: Foreign, name: str) -> str:
+    layout, timm = foreign.layout, bool(foreign.backbone)
+    return renamed(name, "original", layout, timm) or renamed(name, "ours", layout, timm) or name
 
 
 def kin(names: Iterable[str]) -> str:
@@ -109,14 +116,14 @@ def kin(names: Iterable[str]) -> str:
 
 
 def translated(foreign: Foreign, model: DFine) -> State:
-    """The state dict of our model from another implementation's checkpoint.
+    """The state dict of our model, whose config must mean the same, from another implementation's checkpoint.
 
     Class heads and denoising embedding have a row for each class of the checkpoint, whatever classes the model has. The
     embedding, which only training needs, may be missing.
 
     Raises:
-        ValueError: names every tensor that does not map, every one of ours without a counterpart, and everything of
-            the config that contradicts the checkpoint.
+        ValueError: names every tensor that does not map, every one of ours without a counterpart, and copies of a
+            number that differ.
     """
     theirs, own = foreign.state, model.state_dict()
     names = {name: our_name(name) for name in theirs if not DERIVED.search(name)}
@@ -134,7 +141,7 @@ def translated(foreign: Foreign, model: DFine) -> State:
     for name, ours in names.items():
         if ours in own and theirs[name].shape != shapes[ours]:
             wrong.append(f"{name} {tuple(theirs[name].shape)} does not fit {ours} {tuple(shapes[ours])}")
-    wrong += _contradictions(foreign, model)
+    wrong += _contradictions(theirs)
     if wrong:
         raise ValueError("the checkpoint does not fit this model:\n" + "\n".join(wrong))
     return state
@@ -143,11 +150,13 @@ def translated(foreign: Foreign, model: DFine) -> State:
 def state_of(model: DFine, config: ModelConfig) -> State:
     """A model's weights as the original saves them, with what it derives from its own config.
 
+    A backbone that the original does not have keeps timm's names, under `backbone.timm`.
+
     Left out are mean and std, which the original does not have: it feeds images in [0, 1] as they are. Its anchors are
     those of images of 640x640 pixels.
     """
-    own = model.state_dict()
-    state = {theirs: own[name] for name in own if (theirs := renamed(name, "ours", "original"))}
+    own, timm = model.state_dict(), not config.backbone.name.startswith(HGNETV2)
+    state = {theirs: own[name] for name in own if (theirs := renamed(name, "ours", "original", timm))}
     curve = {"up": torch.tensor([config.decoder.a]), "reg_scale": torch.tensor([1 / config.decoder.c])}
     state |= {f"decoder.{part}{name}": x.clone() for name, x in curve.items() for part in ("", "decoder.")}
     scale = torch.tensor([1 / points for points in config.decoder.points for _ in range(points)])
@@ -166,12 +175,12 @@ def architecture(foreign: Foreign) -> ModelConfig:
     Raises:
         ValueError: a tensor that tells the architecture is missing, or timm has no such backbone.
     """
-    state = foreign.state
-    levels = _count(state, r"encoder\.input_proj\.(\d+)\.")
+    state, levels = foreign.state, foreign.levels
     dim, encoder_dim = _rows(state, "decoder.enc_output.proj.weight"), _rows(state, "encoder.input_proj.0.conv.weight")
     return ModelConfig(
-        backbone=BackboneConfig(name=_backbone(state), pretrained=False),
-        strides=tuple(32 >> level for level in reversed(range(levels))),  # all sizes end at stride 32
+        backbone=BackboneConfig(name=foreign.backbone or _backbone(state), pretrained=False),
+        # All sizes that are published end at stride 32.
+        strides=foreign.strides or tuple(32 >> level for level in reversed(range(levels))),
         hidden_dim=dim,
         encoder=EncoderConfig(
             hidden_dim=encoder_dim if encoder_dim != dim else 0,
@@ -209,21 +218,15 @@ def _weights(checkpoint: dict[str, Any]) -> Any:
     return average["module"] if isinstance(average, dict) and "module" in average else checkpoint.get("model")
 
 
-def _contradictions(foreign: Foreign, model: DFine) -> Iterator[str]:
-    """Where the model would load the weights but compute something else with them."""
-    state, decoder = foreign.state, decoder_config(foreign.state)
-    points = next(module.points for module in model.modules() if isinstance(module, DeformableAttention))
-    w = weighting_function(decoder.bins, decoder.a, decoder.c).to(model.decoder.w)
-    if w.shape == model.decoder.w.shape and not torch.allclose(w, model.decoder.w):
-        yield f"decoder.up, decoder.reg_scale: need model.decoder.a={decoder.a} and model.decoder.c={decoder.c}"
+def _contradictions(state: State) -> Iterator[str]:
+    """Where copies of a number that our model has once differ."""
+    points = _points(state, "decoder.decoder.layers.0.cross_attn.num_points_scale")
     for name, tensor in state.items():
         twin = name.removeprefix("decoder.")
         if name in ("decoder.decoder.up", "decoder.decoder.reg_scale") and not tensor.equal(_tensor(state, twin)):
             yield f"{name} is not {twin}"
         if name.endswith("num_points_scale") and _points(state, name) != points:
-            yield f"{name} needs model.decoder.points={list(_points(state, name))}"
-    if model.encoder.aifi.attention.num_heads != foreign.encoder_heads:
-        yield f"encoder.encoder.0.layers.0.self_attn: needs model.encoder.heads={foreign.encoder_heads}"
+            yield f"{name} has the points {list(_points(state, name))}, layer 0 has {list(points)}"
 
 
 def _number(state: State, name: str) -> float:
@@ -253,6 +256,8 @@ def _backbone(state: State) -> str:
     for candidate, its_shapes in _hgnets().items():
         if its_shapes == shapes:
             return candidate
+    if any(name.startswith("backbone.timm.") for name in state):
+        raise ValueError("only a config.json in the same folder can say which backbone of timm it has")
     raise ValueError(f"timm {timm.__version__} has no HGNetV2 with the {len(shapes)} tensors of this backbone")
 
 
@@ -260,7 +265,7 @@ def _backbone(state: State) -> str:
 def _hgnets() -> dict[str, dict[str, torch.Size]]:
     """Names and shapes of the tensors of every HGNetV2 of timm."""
     with torch.device("meta"):  # without memory
-        bodies = {name: timm.create_model(name, features_only=True) for name in timm.list_models("hgnetv2_*")}
+        bodies = {name: timm.create_model(name, features_only=True) for name in timm.list_models(f"{HGNETV2}*")}
     return {
         name: {key: x.shape for key, x in body.state_dict().items() if not key.endswith(COUNTER)}
         for name, body in bodies.items()

@@ -14,10 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from dfine import config as configs
-from dfine.config import Config, ConfigError
+from dfine.config import Config, ConfigError, ModelConfig
 from dfine.model.detector import DFine
 
 FOR_USE: dict[str, type] = {"ema": dict, "categories": list}  # with "config", what every checkpoint holds
+
+# Of a model's settings, what does not say what its weights mean: a run that goes on or starts from them may change it.
+MAY_DIFFER = (
+    "model.backbone.pretrained",
+    "model.backbone.weights",
+    "model.backbone.checkpointing",
+    "model.decoder.queries",
+    "model.denoising.",
+    "model.init_from",
+)
 
 
 class CheckpointError(ValueError):
@@ -96,6 +106,28 @@ def settings_of(path: str | Path, content: dict[str, Any]) -> Config:
             f"{path}: written by another version of dfine ({error}): use that version, or start a run from the weights "
             "with model.init_from"
         ) from error
+
+
+def architecture(path: str | Path, content: dict[str, Any]) -> ModelConfig:
+    """The model's settings in a checkpoint of ours, also of another version, as far as this one knows its keys.
+
+    Raises:
+        CheckpointError: not a checkpoint of ours, or these settings cannot be meant.
+    """
+    require(path, content, {"config": dict, **FOR_USE})
+    try:
+        return configs.from_dict(
+            {"model": _known(content["config"].get("model"), configs.to_dict(Config())["model"])}
+        ).model
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: its own config cannot be meant: {error}") from error
+
+
+def _known(tree: Any, like: Any) -> Any:
+    """A nested mapping without the keys that another does not have."""
+    if not isinstance(tree, dict) or not isinstance(like, dict):
+        return tree
+    return {key: _known(value, like[key]) for key, value in tree.items() if key in like}
 
 
 def weights(config: Config, categories: list[dict[str, Any]], ema: nn.Module) -> dict[str, Any]:

@@ -3,17 +3,24 @@
 Such a checkpoint is a folder with config.json, model.safetensors and preprocessor_config.json. Its weights are the
 original's under other names (`names.TABLE`), and again the architecture comes from the tensors: config.json adds what
 leaves no trace in them, and must not contradict them.
+
+The backbone is an HGNetV2 of transformers' own, which is read off its tensors too, or one of timm, which config.json
+names. Of the two ways to name it, both are read, and the one is written that transformers 4 and 5 read.
 """
 
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.layers import Format
+from torch import nn
 
 from dfine import config as configs
 from dfine.checkpoints import original
@@ -34,6 +41,17 @@ IN_MEMORY = {
 }
 DERIVED = re.compile(r"(^|\.)(anchors|valid_mask)$")  # in some older files
 BILINEAR = 2  # Pillow's number
+# What D-FINE's image processor does where preprocessor_config.json does not say it, and its names.
+PROCESSOR: dict[str, Any] = {
+    "size": {"height": 640, "width": 640},
+    "rescale_factor": 1 / 255,
+    "do_normalize": False,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+    "do_pad": False,
+    "pad_size": None,
+}
+PROCESSORS = ("RTDetrImageProcessor", "RTDetrImageProcessorFast", "RTDetrImageProcessorPil")
 
 # What our models compute with, whatever their config says.
 FIXED: dict[str, Any] = {
@@ -54,6 +72,9 @@ FIXED: dict[str, Any] = {
     "layer_norm_eps": 1e-5,
     "batch_norm_eps": 1e-5,
 }
+# And of a backbone of timm.
+FIXED_TIMM: dict[str, Any] = {"num_channels": 3, "features_only": True, "output_stride": None}
+UNREAD = ("encoder_in_channels", "feat_strides")  # transformers looks at its maps instead
 
 
 # Reading
@@ -83,9 +104,17 @@ def read(path: Path) -> Foreign:
         if type(value) is not int or value < 1:
             raise CheckpointError(f"{where}: {key} must be a whole number, 1 or more, found {value!r}")
     foreign = Foreign(state, None, *whole.values(), **_preprocessing(path / PREPROCESSING))
+    told = _timm_told(settings)
     with one_line(path / WEIGHTS, foreign):
-        facts = _facts(original.architecture(foreign), state)
+        if told is not None:
+            frozen = settings.get("freeze_backbone_batch_norms", True) and not told.get("freeze_batch_norm_2d")
+            strides = _strides(told, frozen, foreign.levels, where)
+            foreign = foreign._replace(backbone=told["backbone"], strides=strides)
+            settings["backbone_config"] = told
+        config = original.architecture(foreign)
+        facts = _facts(config, state, FIXED_TIMM if told is not None else _hgnetv2(state, foreign.levels))
         foreign = foreign._replace(names=_class_names(settings, where, foreign.classes))
+    facts = {key: fact for key, fact in facts.items() if key not in UNREAD}
     wrong = list(_contradictions(settings, facts, facts["encoder_hidden_dim"]))
     if wrong:
         raise CheckpointError(f"{where}: contradicts {WEIGHTS}: {first_few(wrong)}")
@@ -164,17 +193,78 @@ def _class_names(settings: dict[str, Any], path: Path, classes: int) -> list[str
     return [str(names[number]) for number in numbers]
 
 
+def _timm_told(settings: dict[str, Any]) -> dict[str, Any] | None:
+    """What config.json says of a backbone of timm, in either way, as its `backbone_config`; None: it has none.
+
+    transformers 4 has use_timm_backbone, backbone and backbone_kwargs at the top, and 5 a backbone_config.
+    """
+    told, more = settings.get("backbone_config"), settings.get("backbone_kwargs")
+    if settings.get("use_timm_backbone") and told is None:
+        return {"backbone": settings.get("backbone")} | (more if isinstance(more, dict) else {})
+    return told if isinstance(told, dict) and told.get("model_type") == "timm_backbone" else None
+
+
+def _strides(told: dict[str, Any], frozen: bool, levels: int, path: Path) -> tuple[int, ...]:
+    """Those of a timm backbone's maps.
+
+    Args:
+        frozen: transformers freezes its batch norms. levels: maps that the encoder takes. path: of config.json.
+    Raises:
+        CheckpointError: timm has no such backbone, or transformers or our models would compute something else with it.
+    """
+    name, indices = str(told.get("backbone")), told.get("out_indices")
+    if not isinstance(indices, list) or not all(type(i) is int for i in indices) or len(indices) != levels:
+        raise CheckpointError(f"{path}: out_indices must be the numbers of {levels} maps, found {indices!r}")
+    try:
+        with torch.device("meta"):  # without memory
+            body: Any = timm.create_model(name, features_only=True)
+    except Exception as error:  # timm and its models have many kinds
+        what = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: timm {timm.__version__} cannot make the backbone {name!r} ({what})") from error
+    reductions = body.feature_info.reduction()
+    if not all(-len(reductions) <= i < len(reductions) for i in indices):
+        raise CheckpointError(f"{path}: out_indices are {indices}, {name} has {len(reductions)} maps")
+    strides = tuple(reductions[i] for i in indices)
+    ours = [reductions.index(stride) for stride in strides]
+    if ours != [i % len(reductions) for i in indices]:
+        raise CheckpointError(f"{path}: out_indices are {indices}: of each stride dfine takes the first map, {ours}")
+    reasons = _differs_there(body, frozen)
+    if reasons:
+        raise CheckpointError(f"{path}: with {name} transformers computes something else than timm: {reasons}")
+    return strides
+
+
+def _differs_there(body: nn.Module, frozen: bool) -> str:
+    """Why transformers computes something else with a backbone of timm; empty if it does not.
+
+    Args:
+        frozen: it replaces all batch norms, as it does by default, by its own of eps 1e-5 without an activation.
+    """
+    norms = [module for module in body.modules() if isinstance(module, nn.BatchNorm2d)]
+    active = [norm for norm in norms if not isinstance(getattr(norm, "act", nn.Identity()), nn.Identity)]
+    reasons = []
+    if frozen and active:
+        kinds = f"{len(active)} of its {len(norms)} batch norms are timm's {type(active[0]).__name__}"
+        reasons.append(f"{kinds}, whose activations are lost where transformers freezes them")
+    other = {norm.eps for norm in norms} - {FIXED["batch_norm_eps"]}
+    if frozen and other:
+        reasons.append(f"its batch norms have eps {min(other)}, and {FIXED['batch_norm_eps']} where it freezes them")
+    if getattr(body, "output_fmt", Format.NCHW) != Format.NCHW:
+        reasons.append("its maps have their channels last, where transformers expects them first")
+    return "; ".join(reasons)
+
+
 def _preprocessing(path: Path) -> dict[str, Any]:
-    """mean, std and data of a `Foreign`, and its layout."""
+    """mean, std and data of a `Foreign`, and its layout. Warns of what is not done exactly as there."""
     read: dict[str, Any] = {"layout": "transformers"}
     if not path.exists():
         return read
-    settings: dict[str, Any] = {"size": {"height": 640, "width": 640}, "do_normalize": False} | _json(path)
-    known = {"do_resize": True, "do_rescale": True, "resample": BILINEAR, "do_center_crop": False}
-    for key, value in known.items():
-        if settings.get(key, value) not in (value, None):
-            raise CheckpointError(f"{path}: {key} must be {json.dumps(value)}, found {settings[key]!r}")
-    factor = settings.get("rescale_factor", 1 / 255)
+    settings = PROCESSOR | _json(path)
+    known = {"do_resize": (True,), "do_rescale": (True,), "resample": (BILINEAR,), "do_center_crop": (False,)}
+    for key, values in (known | {"image_processor_type": PROCESSORS}).items():
+        if settings.get(key) not in (*values, None):
+            raise CheckpointError(f"{path}: {key} must be {json.dumps(values[0])}, found {settings[key]!r}")
+    factor = settings["rescale_factor"]
     if not isinstance(factor, float) or not math.isclose(factor, 1 / 255, rel_tol=1e-4):
         raise CheckpointError(f"{path}: rescale_factor must be 1 / 255, found {factor!r}")
     try:
@@ -183,8 +273,11 @@ def _preprocessing(path: Path) -> dict[str, Any]:
             numbers = {key: settings[f"image_{key}"] for key in ("mean", "std")}
             model = configs.from_dict({"model": numbers}).model
             read |= {"mean": model.mean, "std": model.std}
+        inexact = _inexact(settings)
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be followed ({type(error).__name__}: {error})") from error
+    if inexact:
+        warnings.warn(f"{path}: {'; '.join(inexact)}", stacklevel=2)
     return read
 
 
@@ -197,6 +290,32 @@ def _sizing(size: dict[str, int]) -> dict[str, Any]:
     edge, longest = min(height, width), max(height, width, original.SQUASHED.max_long_edge)
     squash = {"sizing": "squash", "squash_aspect": height / width}
     return squash | {"short_edges": [edge], "eval_short_edge": edge, "max_long_edge": longest}
+
+
+def _inexact(settings: dict[str, Any]) -> list[str]:
+    """What of a preprocessor_config.json is not done exactly as there, for people.
+
+    Raises:
+        ValueError: it cannot be done there either.
+    """
+    size, canvas, lines = settings["size"], settings["do_pad"] and settings["pad_size"], []
+    padded = bool(settings["do_pad"])
+    if size.get("shortest_edge"):
+        lines.append(
+            "pages keep their aspect: transformers truncates sides and averages pixels in another way, so that here a "
+            "side may be a pixel longer, and it cannot answer at all where a side is no multiple of the last stride"
+        )
+    elif canvas and any(canvas[side] < size[side] for side in ("height", "width")):
+        raise ValueError(f"pages of {size} do not fit into pad_size {canvas}")
+    else:
+        padded = bool(canvas) and canvas != size
+    if padded:
+        canvas = f"{canvas['height']}x{canvas['width']}" if canvas else "the largest page of a batch"
+        lines.append(
+            f"pages are padded there to {canvas}, and boxes are fractions of that; here they are fractions of the "
+            "page, and the model does not see the padding: the answers differ, so evaluate or fine-tune it first"
+        )
+    return lines
 
 
 def _contradictions(theirs: dict[str, Any], facts: dict[str, Any], width: int) -> Iterator[str]:
@@ -223,12 +342,15 @@ def _contradictions(theirs: dict[str, Any], facts: dict[str, Any], width: int) -
 def write(folder: Path, model: DFine, config: Config, categories: list[dict[str, Any]]) -> None:
     """Writes a model so that `DFineForObjectDetection.from_pretrained` and `AutoImageProcessor` open it.
 
+    Pages of any shape are squashed to one size there, and get the boxes that `dfine.load` gives them. Where that size
+    is not square, transformers 4 answers otherwise: it numbers positions by column, as the original does, and 5 by row.
+
     Args:
         model: as trained, not deployed.
     Raises:
-        CheckpointError: the layout cannot express the model; says why. Nothing is written.
+        CheckpointError: the layout cannot express the model or how its pages are sized; says why. Nothing is written.
     """
-    require_published(config.model, "transformers")
+    require("transformers", [*_unlike_there(model), *_unsized_there(config.data, model.strides[-1])])
     theirs = original.state_of(model, config.model)
     state: State = {}
     for name, tensor in theirs.items():
@@ -238,12 +360,12 @@ def write(folder: Path, model: DFine, config: Config, categories: list[dict[str,
         if ".in_proj_" in full:
             for letter, part in zip("qkv", tensor.chunk(3), strict=True):
                 state[full.replace(".in_proj_", f".{letter}_proj.")] = part.clone()
-        else:
+        elif config.model.denoising.queries or "denoising" not in full:
             state[full] = tensor.contiguous()
     names = [category["name"] for category in categories]
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (
-        (SETTINGS, config_json(config.model, theirs, names)),
+        (SETTINGS, config_json(model, config.model, theirs, names)),
         (PREPROCESSING, preprocessor_json(model, config.data)),
     ):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -252,24 +374,62 @@ def write(folder: Path, model: DFine, config: Config, categories: list[dict[str,
     beside.replace(folder / WEIGHTS)
 
 
-def require_published(config: ModelConfig, layout: str) -> None:
-    """Raises CheckpointError, with the reasons, unless a published layout can express the model."""
+def require(layout: str, reasons: list[str]) -> None:
+    """Raises CheckpointError if there are reasons why a layout cannot express a model."""
+    if reasons:
+        raise CheckpointError(f"the layout of {layout} cannot express this model: {'; '.join(reasons)}")
+
+
+def unpublished(config: ModelConfig) -> list[str]:
+    """Why a model is none of those that are published, in size or not."""
     reasons = []
-    if not config.backbone.name.startswith("hgnetv2_"):
+    if not config.backbone.name.startswith(original.HGNETV2):
         reasons.append(f"its backbone is {config.backbone.name}, the layout knows HGNetV2 alone (timm's hgnetv2_*)")
     if config.strides[-1] != 32:
         reasons.append(f"its last stride is {config.strides[-1]}, not 32")
     if config.decoder.bins != 32:
         reasons.append(f"it has {config.decoder.bins} bins, not 32")
-    if reasons:
-        raise CheckpointError(f"the layout of {layout} cannot express this model: {'; '.join(reasons)}")
+    return reasons
 
 
-def config_json(config: ModelConfig, state: State, names: list[str]) -> dict[str, Any]:
+def _unlike_there(model: DFine) -> list[str]:
+    """Why transformers would compute something else with a model's weights."""
+    name = model.config.backbone.name
+    if name.startswith(original.HGNETV2):
+        return unpublished(model.config)
+    if model.pyramid is not None:
+        return [f"{name} has one stride, of which transformers makes no pyramid"]
+    differs = _differs_there(model.backbone.body, frozen=True)
+    return [f"with {name} transformers computes something else than timm: {differs}"] if differs else []
+
+
+def _unsized_there(data: DataConfig, stride: int) -> list[str]:
+    """Why transformers would not see pages as the model does."""
+    if data.sizing == "keep_aspect":
+        return [
+            "its pages keep their aspect (data.sizing), so their sides are no multiples of its last stride, which "
+            "transformers needs, and it cannot pad them so that boxes stay right. Give all pages one size, such as "
+            "data.sizing=squash data.squash_aspect=1.45, and let evaluate.py say what that costs"
+        ]
+    size = model_size((1, 1), data.eval_short_edge, data)
+    if any(side % stride for side in size):
+        near = f"{round(size[0] / stride) * stride}x{round(size[1] / stride) * stride}"
+        return [f"its pages are {size[0]}x{size[1]}: transformers needs multiples of {stride}, such as {near}"]
+    return []
+
+
+def config_json(model: DFine, config: ModelConfig, state: State, names: list[str]) -> dict[str, Any]:
     """config.json. `state`: the model's by the original's names."""
-    noise, facts = config.denoising, _facts(config, state)
-    # transformers takes the backbone's channels from hidden_sizes; in published files they are a leftover.
-    facts["backbone_config"]["hidden_sizes"] = facts["backbone_config"]["stage_out_channels"]
+    noise = config.denoising
+    if config.backbone.name.startswith(original.HGNETV2):
+        backbone = _hgnetv2(state, len(config.strides))
+        # transformers takes the backbone's channels from hidden_sizes; in published files they are a leftover.
+        backbone["hidden_sizes"] = backbone["stage_out_channels"]
+    else:
+        # All of this, and nothing else, so that transformers 4 reads it as well as 5.
+        name, indices = config.backbone.name, model.backbone.indices
+        backbone = {"model_type": "timm_backbone", "backbone": name, "out_indices": indices}
+        backbone["use_pretrained_backbone"] = False
     return {
         "architectures": ["DFineForObjectDetection"],
         "model_type": "d_fine",
@@ -281,20 +441,18 @@ def config_json(config: ModelConfig, state: State, names: list[str]) -> dict[str
         "num_denoising": noise.queries,
         "label_noise_ratio": 2 * noise.label_noise,  # transformers halves it
         "box_noise_scale": noise.box_noise,
-        **facts,
+        **_facts(config, state, backbone),
     }
 
 
 def preprocessor_json(model: DFine, data: DataConfig) -> dict[str, Any]:
     """preprocessor_config.json: pages as in evaluation."""
     mean, std = model.mean.flatten().tolist(), model.std.flatten().tolist()
-    size = {"shortest_edge": data.eval_short_edge, "longest_edge": data.max_long_edge}
-    if data.sizing == "squash":
-        size = dict(zip(("height", "width"), model_size((1, 1), data.eval_short_edge, data), strict=True))
+    height, width = model_size((1, 1), data.eval_short_edge, data)
     return {
-        "image_processor_type": "RTDetrImageProcessor",
+        "image_processor_type": PROCESSORS[0],
         "do_resize": True,
-        "size": size,
+        "size": {"height": height, "width": width},
         "resample": BILINEAR,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -305,14 +463,16 @@ def preprocessor_json(model: DFine, data: DataConfig) -> dict[str, Any]:
     }
 
 
-def _facts(config: ModelConfig, state: State) -> dict[str, Any]:
-    """What config.json and the tensors both say, and what every model of ours has. `state`: by the original's names."""
+def _facts(config: ModelConfig, state: State, backbone: dict[str, Any]) -> dict[str, Any]:
+    """What config.json and the tensors both say, and what every model of ours has.
+
+    Args:
+        state: by the original's names. backbone: what to say of the backbone.
+    """
     width, levels = config.encoder.hidden_dim or config.hidden_dim, len(config.strides)
-    backbone = _backbone(state)
-    indices = list(range(5 - levels, 5))  # of the backbone's five outputs, at strides 4 to 32, after the stem
     return FIXED | {
-        "backbone_config": backbone | {"out_indices": indices},
-        "encoder_in_channels": [backbone["stage_out_channels"][i - 1] for i in indices],
+        "backbone_config": backbone,
+        "encoder_in_channels": [state[f"encoder.input_proj.{i}.conv.weight"].shape[1] for i in range(levels)],
         "encoder_hidden_dim": width,
         "encoder_ffn_dim": config.encoder.feedforward_dim,
         "encoder_attention_heads": config.encoder.heads,
@@ -332,8 +492,8 @@ def _facts(config: ModelConfig, state: State) -> dict[str, Any]:
     }
 
 
-def _backbone(state: State) -> dict[str, Any]:
-    """backbone_config, read off the tensors of an HGNetV2."""
+def _hgnetv2(state: State, levels: int) -> dict[str, Any]:
+    """backbone_config, read off the tensors of an HGNetV2 at the last strides of 4 to 32."""
     stem = (state[f"backbone.stem.{name}.conv.weight"] for name in ("stem1", "stem4"))
     stages: dict[str, list[Any]] = {}
     for stage in range(4):
@@ -359,4 +519,5 @@ def _backbone(state: State) -> dict[str, Any]:
         "stem_channels": [3, *(weight.shape[0] for weight in stem)],
         **stages,
         "use_learnable_affine_block": "backbone.stem.stem1.lab.scale" in state,
+        "out_indices": list(range(5 - levels, 5)),  # of five outputs, the first of which is the stem's
     }

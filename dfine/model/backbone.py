@@ -88,6 +88,11 @@ class Backbone(nn.Module):
 
 
 def _create(config: BackboneConfig, **kwargs: Any) -> Any:
+    if config.weights and not config.pretrained:
+        raise ConfigError(
+            f"model.backbone.weights: {config.weights} is read with model.backbone.pretrained=true only: set that, or "
+            "leave weights out"
+        )
     others = is_fast_norm()
     set_fast_norm()  # under autocast timm's layer norms read and write bf16, and compute in fp32 all the same
     try:

@@ -35,7 +35,7 @@ class DFine(nn.Module):
 
     def __init__(self, config: ModelConfig, classes: int) -> None:
         super().__init__()
-        self.strides, self.classes = config.strides, classes
+        self.config, self.strides, self.classes = config, config.strides, classes
         dim, encoder_dim = config.hidden_dim, config.encoder.hidden_dim or config.hidden_dim
         self.backbone = Backbone(config.backbone, config.strides)
         plain = self.backbone.plain

@@ -13,16 +13,6 @@ from dfine.config import Config, ConfigError
 # What last.pt holds beside weights for use.
 SAVED = {"model": dict, "optimizer": dict, "step": int, "epoch_steps": int, "since_evaluation": list}
 
-# Of the model's settings, what a resumed run may change: none of it says what the weights mean.
-MAY_CHANGE = (
-    "model.backbone.pretrained",
-    "model.backbone.weights",
-    "model.backbone.checkpointing",
-    "model.decoder.queries",
-    "model.denoising.",
-    "model.init_from",
-)
-
 
 def resumes(config: Config, resume: bool) -> bool:
     """Whether there is a run in the run folder to go on with. It needs no other weights then.
@@ -86,4 +76,4 @@ def changes(before: Any, now: Any, key: str) -> list[str]:
     """What differs between two nested mappings of the same keys and may not, for people."""
     if isinstance(before, dict):
         return [line for name in before for line in changes(before[name], now[name], f"{key}.{name}")]
-    return [] if before == now or key.startswith(MAY_CHANGE) else [f"{key} was {before}, now {now}"]
+    return [] if before == now or key.startswith(ours.MAY_DIFFER) else [f"{key} was {before}, now {now}"]

@@ -76,7 +76,8 @@ def ways(settings: Config, folder: Path) -> dict[str, Run]:
     if not (folder / "model.onnx").exists():
         onnx_format.write(folder / "model.onnx", eager, settings, categories)
     if settings.model.backbone.name.startswith("hgnetv2"):  # for these it has a backbone of its own
-        transformers_format.write(folder / "published", eager, settings, categories)
+        one_size = configs.override(settings, ["data.sizing=squash"])
+        transformers_format.write(folder / "published", eager, one_size, categories)
         peer = DFineForObjectDetection.from_pretrained(folder / "published").eval()
     else:
         peer = peer_of(eager, settings).eval()

@@ -147,28 +147,13 @@ def test_a_model_of_another_architecture_is_refused(nano: dict[str, Tensor]):
         original.translated(Foreign(nano), tiny_model(classes=80))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"decoder": {"a": 1.0}}, "model.decoder.a=0.5"),
-        ({"decoder": {"c": 0.125}}, "model.decoder.c=0.25"),
-        ({"decoder": {"points": (8, 4)}}, "model.decoder.points=[6, 6]"),
-        ({"encoder": {"heads": 4}}, "model.encoder.heads=8"),
-    ],
-)
-def test_a_config_that_would_compute_something_else_with_the_weights_is_refused(
-    change: dict[str, dict[str, object]], message: str, nano: dict[str, Tensor]
-):
-    config = original.architecture(Foreign(nano))
-    for part, values in change.items():
-        config = config.model_copy(update={part: getattr(config, part).model_copy(update=values)})
-    with pytest.raises(ValueError, match=re.escape(message)):
-        original.translated(Foreign(nano), DFine(config, classes=80))
-
-
 def test_copies_of_a_number_must_agree(nano: dict[str, Tensor], model: DFine):
     twisted = nano | {"decoder.decoder.reg_scale": torch.tensor([8])}
     with pytest.raises(ValueError, match=r"decoder\.decoder\.reg_scale is not decoder\.reg_scale"):
+        original.translated(Foreign(twisted), model)
+    name = "decoder.decoder.layers.1.cross_attn.num_points_scale"
+    twisted = nano | {name: torch.tensor([1 / 8] * 8 + [1 / 4] * 4)}
+    with pytest.raises(ValueError, match=re.escape(f"{name} has the points [8, 4], layer 0 has [6, 6]")):
         original.translated(Foreign(twisted), model)
 
 

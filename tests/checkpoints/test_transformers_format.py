@@ -6,29 +6,42 @@ import json
 import re
 import shutil
 import struct
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
-from PIL import Image
-from published import noise, publish_recorded, publish_size, recorded, their_answers
+from published import (
+    RECORDED,
+    RECORDED_ON_TIMM,
+    noise,
+    publish_recorded,
+    publish_size,
+    recorded,
+    their_answers,
+    their_detections,
+)
 from safetensors.torch import load, load_file, save_file
-from tiny import tiny_config, tiny_model
+from tiny import drawn_page, tiny_config, tiny_model
 from torch import Tensor
 
 import dfine
+from dfine import config as configs
 from dfine.checkpoints import hub, original, ours, transformers_format
 from dfine.checkpoints.loading import initialise, load_model, load_teacher, matched
 from dfine.checkpoints.ours import CheckpointError
-from dfine.config import Config, ConfigError, DataConfig, DistillConfig
+from dfine.config import Config, ConfigError, DataConfig, DistillConfig, override
 from dfine.model.detector import DFine, class_dependent
+from dfine.training import engine
 
 Loaded = tuple[DFine, Config, list[dict[str, Any]]]
 NAMES = ["Text", "Section-header", "List-item"]
 WEIGHT = "model.enc_output.0.weight"
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +53,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own(folder: Path, tmp_path: Path) -> Path:
     """A copy to break."""
     return Path(shutil.copytree(folder, tmp_path / "own"))
+
+
+@pytest.fixture
+def on_timm(tmp_path: Path) -> Path:
+    """The recorded model around a ConvNeXt of timm, as transformers 5 writes it."""
+    return publish_recorded(tmp_path / "on_timm", RECORDED_ON_TIMM)
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +119,59 @@ def test_pages_are_sized_and_normalised_as_preprocessor_config_says(own: Path) -
     assert (config.data.eval_short_edge, config.data.squash_aspect) == (480, 0.75)
     torch.testing.assert_close(model.mean.flatten(), torch.tensor([0.485, 0.456, 0.406]))
     change(own / "preprocessor_config.json", size={"shortest_edge": 480, "longest_edge": 800})
-    data = load_model(own)[1].data
+    with pytest.warns(UserWarning, match="truncates sides"):
+        data = load_model(own)[1].data
     assert (data.sizing, data.eval_short_edge, data.max_long_edge) == ("keep_aspect", 480, 800)
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_a_model_on_a_backbone_of_timm_gives_the_recorded_answers(version: int, on_timm: Path) -> None:
+    """transformers 4 and 5 have the backbone at other places of config.json."""
+    if version == 4:
+        flags = {"use_timm_backbone": True, "backbone": "test_convnext", "backbone_kwargs": {"out_indices": [-3, 2, 3]}}
+        change(on_timm / "config.json", backbone_config=None, **flags)
+    model, config, _ = load_model(on_timm)
+    assert (config.model.backbone.name, config.model.backbone.pretrained) == ("test_convnext", False)
+    assert config.model.strides == (8, 16, 32)
+    expected = recorded(RECORDED_ON_TIMM)
+    check(answers(model, noise(96, 160)), (torch.tensor(expected["logits"]), torch.tensor(expected["boxes"])))
+
+
+@pytest.mark.parametrize(
+    ("size", "more", "said"),
+    [
+        ({"height": 64, "width": 96}, {"do_pad": True}, ()),  # all pages have one size, and there is nothing to pad
+        ({"height": 64, "width": 96}, {"do_pad": True, "pad_size": {"height": 64, "width": 96}}, ()),
+        ({"height": 64, "width": 96}, {"do_pad": True, "pad_size": {"height": 96, "width": 96}}, ("to 96x96",)),
+        ({"height": 64, "width": 96}, {"do_pad": False, "pad_size": {"height": 96, "width": 96}}, ()),
+        ({"shortest_edge": 64, "longest_edge": 96}, {}, ("truncates sides",)),
+        ({"shortest_edge": 64, "longest_edge": 96}, {"do_pad": True}, ("truncates sides", "the largest page of a")),
+        (
+            {"shortest_edge": 64, "longest_edge": 96},
+            {"do_pad": True, "pad_size": {"height": 96, "width": 96}},
+            ("truncates sides", "padded there to 96x96, and boxes are fractions of that"),
+        ),
+    ],
+)
+def test_what_is_not_done_exactly_as_there_is_said_once(
+    size: dict[str, int], more: dict[str, Any], said: tuple[str, ...], own: Path
+) -> None:
+    change(own / "preprocessor_config.json", size=size, **more)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data = load_model(own)[1].data
+    assert data.eval_short_edge == 64
+    assert len(caught) == bool(said)
+    for text in said:
+        assert text in str(caught[0].message)
+        assert str(caught[0].message).startswith(f"{own / 'preprocessor_config.json'}: ")
+
+
+def test_pages_are_normalised_with_imagenets_mean_unless_the_file_has_another(own: Path) -> None:
+    (own / "preprocessor_config.json").write_text('{"do_normalize": true}')  # transformers fills in the rest
+    torch.testing.assert_close(load_model(own)[0].std.flatten(), torch.tensor([0.229, 0.224, 0.225]))
+    change(own / "preprocessor_config.json", image_mean=[0.1, 0.2, 0.3])
+    torch.testing.assert_close(load_model(own)[0].mean.flatten(), torch.tensor([0.1, 0.2, 0.3]))
 
 
 def copied(folder: Path) -> dict[str, Tensor]:
@@ -190,6 +260,65 @@ def test_a_config_that_contradicts_the_tensors_is_named(values: dict[str, Any], 
     change(own / "config.json", **values)
     text = refusal(own)
     assert text.startswith(f"{own / 'config.json'}: ")
+    assert message in text
+
+
+BATCH_NORMS = {"backbone": "test_efficientnet", "out_indices": [2, 3, 4]}
+
+
+@pytest.mark.parametrize(
+    ("backbone", "values", "message"),
+    [
+        ({"backbone": "convnext_ato"}, {}, "timm {version} cannot make the backbone 'convnext_ato'"),
+        ({"out_indices": [2, 3]}, {}, "out_indices must be the numbers of 3 maps, found [2, 3]"),
+        ({"out_indices": None}, {}, "out_indices must be the numbers of 3 maps, found None"),
+        ({"out_indices": [2, 3, 4]}, {}, "out_indices are [2, 3, 4], test_convnext has 4 maps"),
+        ({"backbone": "test_vit", "out_indices": [0, 1, 2]}, {}, "of each stride dfine takes the first map, [0, 0, 0]"),
+        ({"num_channels": 1}, {}, "contradicts model.safetensors: backbone_config.num_channels is 1, the model has 3"),
+        ({"output_stride": 16}, {}, "backbone_config.output_stride is 16, the model has None"),
+        (BATCH_NORMS, {}, "8 of its 12 batch norms are timm's BatchNormAct2d, whose activations are lost"),
+        (BATCH_NORMS, {"freeze_backbone_batch_norms": False}, None),
+        (BATCH_NORMS | {"freeze_batch_norm_2d": True}, {}, None),
+        ({"backbone": "inception_v4", "out_indices": [2, 3, 4]}, {}, "its batch norms have eps 0.001, and 1e-05 where"),
+        ({"backbone": "swin_tiny_patch4_window7_224"}, {}, "its maps have their channels last"),
+        ({"backbone": "convnext_atto"}, {}, None),
+    ],
+)
+def test_a_backbone_of_timm_that_is_not_the_same_there_is_refused(
+    backbone: dict[str, Any], values: dict[str, Any], message: str | None, on_timm: Path
+) -> None:
+    """None: it would be, but the weights are of another."""
+    settings = json.loads((on_timm / "config.json").read_text())
+    change(on_timm / "config.json", backbone_config=settings["backbone_config"] | backbone, **values)
+    text = refusal(on_timm)
+    if message is None:
+        assert text.startswith(f"{on_timm / 'model.safetensors'}: ")
+        assert "model.backbone.model._backbone." in text
+    else:
+        assert text.startswith(f"{on_timm / 'config.json'}: ")
+        assert message.format(version=timm.__version__) in text
+
+
+def test_a_file_alone_does_not_name_its_backbone_of_timm(on_timm: Path) -> None:
+    assert "only a config.json in the same folder can say which backbone" in refusal(on_timm / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"do_pad": True, "pad_size": {"height": 96, "width": 96}}, "do not fit into pad_size"),
+        ({"size": {"shortest_edge": 480}}, "cannot be followed (KeyError: 'longest_edge')"),
+        ({"size": {"max_height": 480, "max_width": 480}}, "cannot be followed"),
+        ({"do_normalize": True, "image_std": [1, 1, 0]}, "model.std: must be three positive numbers"),
+        ({"image_processor_type": "YolosImageProcessor"}, 'image_processor_type must be "RTDetrImageProcessor"'),
+        ({"resample": 3}, "resample must be 2, found 3"),
+        ({"do_rescale": False}, "do_rescale must be true, found False"),
+    ],
+)
+def test_preprocessing_that_cannot_be_followed_is_refused(values: dict[str, Any], message: str, own: Path) -> None:
+    change(own / "preprocessor_config.json", **values)
+    text = refusal(own)
+    assert text.startswith(f"{own / 'preprocessor_config.json'}: ")
     assert message in text
 
 
@@ -359,13 +488,6 @@ def test_a_checkpoint_of_a_run_keeps_rows_by_name_too(tmp_path: Path) -> None:
     assert "keep their rows: Table (table), Title (title)\n  not taken: list" in said
 
 
-def test_a_model_of_another_architecture_is_refused_with_the_files_names(folder: Path, loaded: Loaded) -> None:
-    config = loaded[1].model
-    wider = config.model_copy(update={"decoder": config.decoder.model_copy(update={"layers": 3})})
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*model\.decoder\.layers\.2\..* is missing"):
-        initialise(DFine(wider, 3), str(folder), categories(*NAMES))
-
-
 def test_a_published_model_teaches_those_of_its_classes_that_the_student_has(folder: Path, loaded: Loaded) -> None:
     teacher, config, _ = loaded
     student = Config(model=config.model, distill=DistillConfig(teacher=str(folder)))
@@ -383,6 +505,23 @@ def test_a_published_model_teaches_those_of_its_classes_that_the_student_has(fol
         load_teacher(student, "student.yaml", categories("Text", "Table"))
 
 
+def test_a_run_starts_from_a_model_on_a_backbone_of_timm(on_timm: Path) -> None:
+    theirs, config, _ = load_model(on_timm)
+    settings = override(config, [f"model.init_from={on_timm}"])
+    model = engine.build(settings, categories("Text", "Table", "List item"), torch.device("cpu"), resumed=False)
+    for name, tensor in model.state_dict().items():
+        rows = [0, 2] if name in class_dependent(model) else ...  # those of Text and List-item
+        assert tensor[rows].equal(theirs.state_dict()[name][rows])
+
+
+def test_a_student_is_taught_by_a_model_on_a_backbone_of_timm(on_timm: Path) -> None:
+    theirs, config, _ = load_model(on_timm)
+    settings = override(config, [f"distill.teacher={on_timm}", "model.decoder.layers=3"])
+    teacher = load_teacher(settings, "student.yaml", categories("List-item", "text", "Section-Header"))
+    logits, boxes = answers(theirs, noise(96, 160))
+    check(answers(teacher, noise(96, 160)), (logits[..., [2, 0, 1]], boxes))
+
+
 # Given back
 
 
@@ -395,23 +534,62 @@ def test_what_is_written_is_read_back_as_it_was(folder: Path, loaded: Loaded, tm
     assert all(tensor.equal(again.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("sizing", ["keep_aspect", "squash"])
-def test_pages_are_prepared_alike_after_the_way_there_and_back(sizing: str, loaded: Loaded, tmp_path: Path) -> None:
+def test_a_backbone_of_timm_is_written_so_that_transformers_4_reads_it_too(on_timm: Path, tmp_path: Path) -> None:
+    model, config, classes = load_model(on_timm)
+    transformers_format.write(tmp_path / "out", model, config, classes)
+    assert load_file(tmp_path / "out/model.safetensors").keys() == load_file(on_timm / "model.safetensors").keys()
+    backbone = {"model_type": "timm_backbone", "backbone": "test_convnext", "out_indices": [1, 2, 3]}
+    written = json.loads((tmp_path / "out/config.json").read_text())["backbone_config"]
+    assert written == backbone | {"use_pretrained_backbone": False}  # it knows no out_features
+    again, its_config, its_classes = load_model(tmp_path / "out")
+    assert (its_config, its_classes) == (config, classes)
+    assert all(tensor.equal(again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("aspect", [1.0, 1.5, 0.75])
+def test_pages_are_prepared_alike_after_the_way_there_and_back(aspect: float, loaded: Loaded, tmp_path: Path) -> None:
     model, config, classes = copy.deepcopy(loaded)
     model.mean.fill_(0.5)
-    edges = {"short_edges": (64,), "eval_short_edge": 64, "max_long_edge": 928}
-    data = DataConfig(sizing=sizing, squash_aspect=1.5 if sizing == "squash" else 1.0, **edges)
+    edges = {"short_edges": (192,), "eval_short_edge": 192, "max_long_edge": 928}
+    data = DataConfig(sizing="squash", squash_aspect=aspect, **edges)
     transformers_format.write(tmp_path, model, config.model_copy(update={"data": data}), classes)
     again, its_config, _ = load_model(tmp_path)
-    assert its_config.data == data
+    assert its_config.data.squash_aspect == pytest.approx(aspect)
+    assert its_config.data == data.model_copy(update={"squash_aspect": its_config.data.squash_aspect})
     assert again.mean.equal(model.mean)
 
 
-def test_what_the_layout_cannot_express_is_refused_and_nothing_written(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"backbone is test_convnext, .*; it has 8 bins, not 32"):
-        transformers_format.write(
-            tmp_path / "out", tiny_model(), Config(model=tiny_config()), categories("a", "b", "c")
-        )
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        ("test_efficientnet", "8 of its 12 batch norms are timm's BatchNormAct2d, whose activations are lost"),
+        ("test_vit", "test_vit has one stride, of which transformers makes no pyramid"),
+        ("mambaout_femto", "its maps have their channels last"),
+    ],
+)
+def test_a_backbone_with_which_transformers_would_compute_something_else_is_not_written(
+    backbone: str, message: str, tmp_path: Path
+) -> None:
+    model = tiny_model(backbone=backbone)
+    config = Config(model=model.config, data=original.SQUASHED)
+    with pytest.raises(CheckpointError, match=f"the layout of transformers cannot express this model: .*{message}"):
+        transformers_format.write(tmp_path / "out", model, config, categories("a", "b", "c"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, r"pages keep their aspect \(data.sizing\), .* data.sizing=squash data.squash_aspect=1.45"),
+        ({"sizing": "squash", "squash_aspect": 1.414}, "pages are 905x640: .* multiples of 32, such as 896x640"),
+    ],
+)
+def test_sizes_of_pages_that_transformers_cannot_give_its_model_are_refused(
+    data: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    config = Config(model=tiny_config(), data=DataConfig(**data))
+    with pytest.raises(CheckpointError, match=message):
+        transformers_format.write(tmp_path / "out", tiny_model(), config, categories("a", "b", "c"))
     assert not (tmp_path / "out").exists()
 
 
@@ -464,19 +642,65 @@ def test_a_random_model_answers_alike_here_and_there_in_both_directions(
 
 
 @needs_transformers
-def test_a_page_is_prepared_and_answered_as_transformers_does(own: Path) -> None:
-    from transformers import AutoImageProcessor, DFineForObjectDetection
+@pytest.mark.parametrize("name", ["convnext_atto", "convnext_tiny", "resnet18"])
+def test_a_random_model_on_timm_answers_alike_here_and_there_in_both_directions(name: str, tmp_path: Path) -> None:
+    theirs = publish_size(tmp_path / "theirs", name, [f"class {i}" for i in range(7)])
+    pages = noise(128, 192)[:1]
+    model, config, classes = load_model(theirs)
+    transformers_format.write(tmp_path / "ours", model, config, classes)
+    got = answers(model, pages)
+    check(got, their_answers(theirs, pages))
+    check(got, their_answers(tmp_path / "ours", pages))
+    report = [(a - b).abs().max().item() for a, b in zip(got, their_answers(theirs, pages), strict=True)]
+    print(f"{name}: logits {report[0]:.1e} of {got[0].abs().max():.1f}, boxes {report[1]:.1e}")
 
-    change(own / "preprocessor_config.json", size={"height": 128, "width": 160})
-    page = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 200, 3), np.uint8))
-    processor = AutoImageProcessor.from_pretrained(own)
-    with torch.inference_mode():
-        output = DFineForObjectDetection.from_pretrained(own).eval()(**processor(images=page, return_tensors="pt"))
-    expected = processor.post_process_object_detection(output, threshold=0, target_sizes=[(300, 200)])[0]
-    found = dfine.load(own, "cpu")(page, threshold=0)
-    np.testing.assert_allclose(
-        found.scores[:20], expected["scores"][:20].numpy(), atol=0.01
-    )  # pixels: a grey level in 255
-    assert found.labels[:5] == [NAMES[label] for label in expected["labels"][:5]]
-    on_page = np.clip(expected["boxes"][:5].numpy(), 0, [200, 300, 200, 300])  # as ours are
-    np.testing.assert_allclose(found.boxes[:5], on_page, atol=1)
+
+@needs_transformers
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],  # the quickstart's
+        [
+            "model.backbone.name=repvgg_a0"
+        ],  # names that an HGNetV2 has too, and batch norms of timm's, without activation
+        ["model.decoder.bins=16", "model.denoising.queries=0", "model.encoder.hidden_dim=64"],
+        ["model.strides=[4, 8, 16]", "model.backbone.name=convnext_atto"],
+    ],
+)
+def test_a_model_of_a_run_answers_alike_there(overrides: list[str], tmp_path: Path) -> None:
+    config = configs.load(QUICKSTART, [*overrides, "data.sizing=squash"])
+    torch.manual_seed(3)
+    model = DFine(config.model, 5).eval()
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and name not in ("mean", "std"):
+            tensor.mul_(1 + 0.3 * torch.rand_like(tensor)).add_(0.05 * torch.randn_like(tensor).abs())
+    transformers_format.write(tmp_path, model, config, categories("a", "b", "c", "d", "e"))
+    pages = noise(128, 192)[:1]
+    got = answers(model, pages)
+    check(got, their_answers(tmp_path, model.normalise(pages, None)))
+    assert got[0].std() > 0.01
+
+
+PAGES = {"A4": (842, 595), "letter": (792, 612), "square": (640, 640), "landscape": (540, 960), "small": (60, 50)}
+
+
+@needs_transformers
+@pytest.mark.parametrize("shape", PAGES)
+@pytest.mark.parametrize("recorded_file", [RECORDED, RECORDED_ON_TIMM], ids=["HGNetV2", "ConvNeXt"])
+def test_pages_of_any_shape_have_the_same_boxes_there(recorded_file: Path, shape: str, tmp_path: Path) -> None:
+    """Prepared, answered and given back by transformers alone, beside `dfine.load` of a run's checkpoint."""
+    model, config, classes = load_model(publish_recorded(tmp_path / "recorded", recorded_file))
+    model.mean.copy_(torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1))
+    sizing = ["data.short_edges=[128]", "data.eval_short_edge=128", "data.squash_aspect=1.5"]
+    config = override(config, sizing)
+    ours.save(tmp_path / "best.pt", ours.weights(config, classes, model))
+    transformers_format.write(tmp_path / "there", model, config, classes)
+    page = drawn_page(*PAGES[shape])
+    scores, labels, boxes = their_detections(tmp_path / "there", page)
+    found = dfine.load(tmp_path / "best.pt", "cpu")(page, threshold=0, dedupe=1)
+    height, width = page.shape[:2]
+    on_page = boxes.clip(0, [width, height, width, height])  # as ours are
+    np.testing.assert_allclose(found.scores[: len(scores)], scores, atol=2e-3)  # pixels: a grey level in 255
+    for score, label, box in zip(scores[:10], labels, on_page, strict=False):  # some scores are nearly equal
+        same = (found.classes == label) & (abs(found.boxes - box).max(1) < 1e-3 * max(height, width))
+        assert abs(found.scores[same] - score).min() < 2e-3

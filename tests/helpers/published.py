@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -84,7 +85,19 @@ SMALL = NANO | {
     "num_queries": 20,
 }
 SIZES["small"] = (B0, SMALL)
+# The same on three maps of a backbone of timm.
+ON_TIMM = SMALL | {
+    "num_feature_levels": 3,
+    "feat_strides": [8, 16, 32],
+    "encode_proj_layers": [2],
+    "decoder_in_channels": [32, 32, 32],
+    "decoder_n_points": [2, 3, 1],
+}
+for name, indices in (("test_convnext", [1, 2, 3]), ("convnext_atto", [1, 2, 3]), ("convnext_tiny", [1, 2, 3])):
+    SIZES[name] = ({"backbone": name, "out_indices": indices}, ON_TIMM)
+SIZES["resnet18"] = ({"backbone": "resnet18", "out_indices": [2, 3, 4]}, ON_TIMM)
 RECORDED = Path(__file__).parents[1] / "checkpoints" / "published_small.json"
+RECORDED_ON_TIMM = RECORDED.with_name("published_on_timm.json")
 
 
 def publish(folder: Path, tensors: dict[str, list[int]], config: dict[str, Any], preprocessor: dict[str, Any]) -> Path:
@@ -121,13 +134,23 @@ def noise(height: int, width: int) -> Tensor:
 
 def publish_size(folder: Path, size: str, names: list[str], **changes: Any) -> Path:
     """`publish` with names, shapes and settings from transformers, which it needs."""
-    from transformers import DFineConfig, DFineForObjectDetection, HGNetV2Config, RTDetrImageProcessor
+    from transformers import (
+        DFineConfig,
+        DFineForObjectDetection,
+        HGNetV2Config,
+        RTDetrImageProcessor,
+        TimmBackboneConfig,
+    )
 
     backbone, rest = SIZES[size]
-    levels, channels = rest.get("num_feature_levels", 3), backbone["stage_out_channels"]
+    if "backbone" in backbone:
+        rest = rest | {"backbone_config": TimmBackboneConfig(**backbone)}
+    else:
+        levels, channels = rest.get("num_feature_levels", 3), backbone["stage_out_channels"]
+        indices = list(range(5 - levels, 5))
+        hgnet = HGNetV2Config(**backbone, hidden_sizes=channels, out_indices=indices)
+        rest = rest | {"backbone_config": hgnet, "encoder_in_channels": channels[-levels:]}
     config = DFineConfig(
-        backbone_config=HGNetV2Config(**backbone, hidden_sizes=channels, out_indices=list(range(5 - levels, 5))),
-        encoder_in_channels=channels[-levels:],
         id2label=dict(enumerate(names)),
         label2id={name: i for i, name in enumerate(names)},
         **rest | changes,
@@ -151,10 +174,24 @@ def their_answers(folder: Path, pages: Tensor) -> tuple[Tensor, Tensor]:
     return output.logits, output.pred_boxes
 
 
-def record(path: Path) -> None:
-    """Writes the recorded file: `python -c "import published; published.record(published.RECORDED)"` in this folder."""
+def their_detections(folder: Path, page: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores (Q,), labels (Q,) and boxes (Q, 4) xyxy in pixels of a page, by transformers alone; the best first."""
+    from transformers import AutoImageProcessor, DFineForObjectDetection
+
+    processor, model = (kind.from_pretrained(folder) for kind in (AutoImageProcessor, DFineForObjectDetection))
+    with torch.inference_mode():
+        output = model.eval()(**processor(images=Image.fromarray(page), return_tensors="pt"))
+    found = processor.post_process_object_detection(output, threshold=0, target_sizes=[page.shape[:2]])[0]
+    return found["scores"].numpy(), found["labels"].numpy(), found["boxes"].numpy()
+
+
+def record(path: Path, size: str) -> None:
+    """Writes a recorded file: `python -c "from published import *; record(RECORDED, 'small')"` in this folder.
+
+    The other one: `record(RECORDED_ON_TIMM, 'test_convnext')`.
+    """
     with tempfile.TemporaryDirectory() as temporary:
-        folder = publish_size(Path(temporary), "small", ["Text", "Section-header", "List-item"])
+        folder = publish_size(Path(temporary), size, ["Text", "Section-header", "List-item"])
         logits, boxes = their_answers(folder, noise(96, 160))
         tensors = {name: list(x.shape) for name, x in load_file(folder / "model.safetensors").items()}
         settings = {kind: json.loads((folder / f"{kind}_config.json").read_text()) for kind in ("preprocessor",)}
@@ -163,12 +200,15 @@ def record(path: Path) -> None:
     path.write_text(json.dumps({"tensors": tensors, **settings, **answers}) + "\n")
 
 
-def recorded() -> dict[str, Any]:
-    """A nano model cut down, as transformers 5.24 writes it and answers with it; weights are made up from the names."""
-    return json.loads(RECORDED.read_text())
+def recorded(path: Path = RECORDED) -> dict[str, Any]:
+    """A nano model cut down, as transformers 5.24 writes it and answers with it; weights are made up from the names.
+
+    That of `RECORDED_ON_TIMM` has a ConvNeXt of timm.
+    """
+    return json.loads(path.read_text())
 
 
-def publish_recorded(folder: Path) -> Path:
-    """The recorded model as a folder."""
-    content = recorded()
+def publish_recorded(folder: Path, path: Path = RECORDED) -> Path:
+    """A recorded model as a folder."""
+    content = recorded(path)
     return publish(folder, content["tensors"], content["config"], content["preprocessor"])
