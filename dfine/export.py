@@ -16,7 +16,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True, help="best.pt of a run, published weights, or a name on the hub")
     parser.add_argument("--format", required=True, choices=("onnx", "transformers", "original"))
     parser.add_argument("--out", required=True, type=Path, help="what to write")
-    parser.add_argument("--half", action="store_true", help="onnx: weights in half precision, for half the file")
+    parser.add_argument("--half", action="store_true", help="onnx: in fp16, but for boxes and ranking; half the file")
     options = parser.parse_args()
     if options.half and options.format != "onnx":
         parser.error("--half is for --format onnx")
