@@ -1,10 +1,31 @@
 """Gives a model to other programs: `python -m dfine.export --checkpoint runs/NAME/best.pt --format FORMAT --out PATH`.
 
-    onnx          a file for onnxruntime and others, of any model; `dfine.checkpoints.onnx_format` says what is in it
+    onnx          a file for onnxruntime and others, of any model; what is in it is said below
     transformers  config.json, preprocessor_config.json and model.safetensors, for `DFineForObjectDetection`
     original      model.pth, the weights as the original implementation has them; classes by number
 
 The last two are for models around an HGNetV2; PATH is a folder for them, and for onnx a file such as model.onnx.
+An ONNX file has
+
+    in   images     (B, 3, H, W) uint8 RGB; H and W are multiples of the last stride (32), padding is 0, right and below
+         sizes      (B, 2) int64: valid height, width of each page on that canvas
+         originals  (B, 2) int64: height, width that boxes are wanted in, such as those of the scans
+    out  scores     (B, K) float32 from 0 to 1, the best first; K is 300 unless queries times classes are fewer
+         labels     (B, K) int64, indices into `categories`
+         boxes      (B, K, 4) float32 xyxy in pixels of `originals`, clipped to the page
+
+and metadata, which are texts:
+
+    categories     JSON list: `id` and `name` of each class, in the order of the labels
+    preprocessing  JSON: `sizing` and what it needs. keep_aspect: the page is scaled by
+                   min(short_edge / shorter side, max_long_edge / longer side), sides rounded; squash: to short_edge
+                   (shorter) by short_edge times height_by_width or its inverse (longer). `interpolation` says how
+    config         JSON: the run's config, for `evaluate.py`
+    dfine_version  of the project that wrote it
+
+One file takes any number of pages and any canvas. Only pages that need the same canvas should go into one call: on a
+larger canvas convolutions read more padding, and scores change a little. Deformable attention is written as reads of
+four cells, without GridSample, which TensorRT computes wrongly.
 """
 
 import argparse

@@ -1,19 +1,6 @@
 """ONNX files: a model that runs without this project, and without torch. Needs the extra `export`.
 
-    in   images     (B, 3, H, W) uint8 RGB; H and W are multiples of the last stride, padding is right and below
-         sizes      (B, 2) int64: valid height, width of each page on that canvas
-         originals  (B, 2) int64: height, width that boxes are wanted in, such as those of the scans
-    out  scores     (B, K) from 0 to 1, the best first; K is 300 unless queries times classes are fewer
-         labels     (B, K) int64, indices into `categories`
-         boxes      (B, K, 4) xyxy in pixels of `originals`, clipped to the page
-
-One file takes any number of pages and any canvas. Only pages that need the same canvas should go into one call: on a
-larger canvas convolutions read more padding, and scores change a little. The metadata of a file are texts:
-
-    categories     JSON list: `id` and `name` of each class, in the order of the labels
-    preprocessing  JSON: how a scan becomes a page of `images` (see `preprocessing`)
-    config         JSON: the run's config, for `evaluate.py`
-    dfine_version  of the project that wrote it
+`python -m dfine.export --help` says what is in a file.
 """
 
 import copy

@@ -2,10 +2,12 @@
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -125,6 +127,44 @@ def test_deformable_attention_is_written_as_reads_of_four_cells(files: tuple[Pat
     kinds = {node.op_type for node in onnx.load(files[1]).graph.node}
     assert "GridSample" not in kinds  # TensorRT computes it wrongly
     assert "Gather" in kinds
+
+
+STRANGER = """
+import json, sys
+import numpy as np, onnxruntime
+from PIL import Image
+
+page = np.array(Image.open(sys.argv[2]))  # (160, 128, 3)
+session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
+texts = session.get_modelmeta().custom_metadata_map
+names = [category["name"] for category in json.loads(texts["categories"])]
+said = json.loads(texts["preprocessing"])
+assert said["sizing"] == "keep_aspect"
+scale = min(said["short_edge"] / min(page.shape[:2]), said["max_long_edge"] / max(page.shape[:2]))
+height, width = (round(side * scale) for side in page.shape[:2])
+assert (height, width) == (80, 64)  # half the page: areas are averaged
+small = np.floor(page.reshape(height, 2, width, 2, 3).mean((1, 3)) + 0.5).astype(np.uint8)
+canvas = [-(-side // said["multiple_of"]) * said["multiple_of"] for side in (height, width)]
+images = np.zeros((1, 3, *canvas), np.uint8)
+images[0, :, :height, :width] = small.transpose(2, 0, 1)
+feed = {"images": images, "sizes": np.array([[height, width]]), "originals": np.array([page.shape[:2]])}
+scores, labels, boxes = (answer[0] for answer in session.run(["scores", "labels", "boxes"], feed))
+assert not {"dfine", "torch"} & sys.modules.keys()
+print(json.dumps([scores.tolist(), [names[label] for label in labels], boxes.tolist()]))
+"""
+
+
+def test_a_program_without_this_project_follows_what_the_help_says(files: tuple[Path, Path], tmp_path: Path) -> None:
+    page = pages(160, 128)[0].permute(1, 2, 0).numpy()
+    Image.fromarray(page).save(tmp_path / "page.png")
+    line = [sys.executable, "-c", STRANGER, str(files[1]), str(tmp_path / "page.png")]
+    answer = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=True)
+    scores, labels, boxes = json.loads(answer.stdout)
+    expected = dfine.load(files[0], device="cpu")(page, threshold=0.0, dedupe=1.0)
+    assert len(expected.labels) == len(labels) > 0
+    np.testing.assert_allclose(scores, expected.scores, atol=1e-4)
+    assert labels == expected.labels
+    np.testing.assert_allclose(boxes, expected.boxes, atol=1e-3)
 
 
 def test_a_file_says_nothing_of_the_machine_that_wrote_it(files: tuple[Path, Path]) -> None:
