@@ -1,12 +1,34 @@
 """Gives a model to other programs: `python -m dfine.export --checkpoint runs/NAME/best.pt --format FORMAT --out PATH`.
 
-    onnx          a file for onnxruntime and others, of any model; `dfine.checkpoints.onnx_format` says what is in it
+    onnx          a file for onnxruntime and others, of any model; what is in it is said below
     transformers  config.json, preprocessor_config.json and model.safetensors, for `DFineForObjectDetection`
     original      model.pth, the weights as the original implementation has them; classes by number
 
 PATH is a folder for the last two, and for onnx a file such as model.onnx. The original knows HGNetV2 as a backbone,
 transformers most of timm's. It takes pages of one size alone: for a model whose pages keep their aspect choose one, by
 data.sizing=squash and, for pages in portrait, data.squash_aspect=1.45 (height / width; transformers 4 needs squares).
+
+An ONNX file has
+
+    in   images     (B, 3, H, W) uint8 RGB; H and W are multiples of the last stride (32), padding is 0, right and below
+         sizes      (B, 2) int64: valid height, width of each page on that canvas
+         originals  (B, 2) int64: height, width that boxes are wanted in, such as those of the scans
+    out  scores     (B, K) float32 from 0 to 1, the best first; K is 300 unless queries times classes are fewer
+         labels     (B, K) int64, indices into `categories`
+         boxes      (B, K, 4) float32 xyxy in pixels of `originals`, clipped to the page
+
+and metadata, which are texts:
+
+    categories     JSON list: `id` and `name` of each class, in the order of the labels
+    preprocessing  JSON: `sizing` and what it needs. keep_aspect: the page is scaled by
+                   min(short_edge / shorter side, max_long_edge / longer side), sides rounded; squash: to short_edge
+                   (shorter) by short_edge times height_by_width or its inverse (longer). `interpolation` says how
+    config         JSON: the run's config, for `evaluate.py`
+    dfine_version  of the project that wrote it
+
+One file takes any number of pages and any canvas. Only pages that need the same canvas should go into one call: on a
+larger canvas convolutions read more padding, and scores change a little. Deformable attention is written as reads of
+four cells, without GridSample, which TensorRT computes wrongly.
 """
 
 import argparse
@@ -21,7 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True, help="best.pt of a run, published weights, or a name on the hub")
     parser.add_argument("--format", required=True, choices=("onnx", "transformers", "original"))
     parser.add_argument("--out", required=True, type=Path, help="what to write")
-    parser.add_argument("--half", action="store_true", help="onnx: weights in half precision, for half the file")
+    parser.add_argument("--half", action="store_true", help="onnx: in fp16, but for boxes and ranking; half the file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="how pages are sized, as data.sizing=squash")
     options = parser.parse_intermixed_args()
     if options.half and options.format != "onnx":

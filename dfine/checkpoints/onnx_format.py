@@ -1,20 +1,6 @@
 """ONNX files: a model that runs without this project, and without torch. Needs the extra `export`.
 
-    in   images     (B, 3, H, W) uint8 RGB; H and W are multiples of the last stride, padding is right and below.
-                   On other canvases runtimes fail, at a node whose name says why
-         sizes      (B, 2) int64: valid height, width of each page on that canvas; runtimes fail where they exceed it
-         originals  (B, 2) int64: height, width that boxes are wanted in, such as those of the scans
-    out  scores     (B, K) from 0 to 1, the best first; K is 300 unless queries times classes are fewer
-         labels     (B, K) int64, indices into `categories`
-         boxes      (B, K, 4) xyxy in pixels of `originals`, clipped to the page
-
-One file takes any number of pages and any canvas. Only pages that need the same canvas should go into one call: on a
-larger canvas convolutions read more padding, and scores change a little. The metadata of a file are texts:
-
-    categories     JSON list: `id` and `name` of each class, in the order of the labels
-    preprocessing  JSON: how a scan becomes a page of `images` (see `preprocessing`)
-    config         JSON: the run's config, for `evaluate.py`
-    dfine_version  of the project that wrote it
+`python -m dfine.export --help` says what is in a file.
 """
 
 import copy
@@ -36,23 +22,24 @@ from dfine import config as configs
 from dfine.checkpoints import ours
 from dfine.checkpoints.ours import CheckpointError
 from dfine.config import Config, ConfigError
+from dfine.model.deploy import in_half
 from dfine.model.detector import DFine, by_canvas, ranked
 from dfine.structures import Detections
 
 OPSET = 20  # the first with Gelu; onnxruntime from 1.17 on
 INSTALL = "ONNX needs the extra `export`: pip install 'dfine[export]'"
-HALF_FROM = 1024  # elements: smaller tensors, such as biases, weigh nothing
 
 
 class Exported(nn.Module):
     """A deployed model and `detect` as one function of tensors."""
 
-    def __init__(self, model: DFine) -> None:
+    def __init__(self, model: DFine, half: bool) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.half = model, half
 
     def forward(self, images: Tensor, sizes: Tensor, originals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        scores, labels, boxes = ranked(self.model(images, sizes), top=300)
+        with torch.autocast("cpu", torch.float16, enabled=self.half):
+            scores, labels, boxes = ranked(self.model(images, sizes), top=300)
         return scores, labels, boxes * originals.flip(-1).repeat(1, 2).to(boxes.dtype)[:, None]
 
 
@@ -60,7 +47,8 @@ def write(path: Path, model: DFine, config: Config, categories: list[dict[str, A
     """Writes a model, which stays as it is, as one ONNX file.
 
     Args:
-        half: weights in half precision, which makes half the file; the runtime computes in single precision.
+        half: in fp16, but for what autocast leaves in fp32: FDR, LQE, box heads, ranking, where attention reads. Half
+            the file; a runtime without fp16, such as onnxruntime on a CPU, converts and computes in fp32.
     Raises:
         CheckpointError: the extra is not installed, or the file cannot be written.
     """
@@ -72,9 +60,11 @@ def write(path: Path, model: DFine, config: Config, categories: list[dict[str, A
     pages = torch.tensor([[3 * stride - 1, 4 * stride], [3 * stride, 4 * stride - 1]])  # any: all sizes are symbols
     images = torch.zeros(2, 3, 3 * stride, 4 * stride, dtype=torch.uint8)
     batch, rows, columns = Dim("batch"), Dim("rows"), Dim("columns")
+    if half:
+        in_half(deployed, torch.float16)
     with quiet(), torch.no_grad():
         program = torch.onnx.export(
-            Exported(deployed),
+            Exported(deployed, half),
             (images, pages, pages.clone()),  # of one tensor twice the trace would make one input
             input_names=["images", "sizes", "originals"],
             output_names=["scores", "labels", "boxes"],
@@ -87,6 +77,7 @@ def write(path: Path, model: DFine, config: Config, categories: list[dict[str, A
     graph: Any = program.model.graph
     for part in (graph, *graph.all_nodes()):
         part.metadata_props.clear()  # where in the source each node came from, folders of this machine included
+    match_norms(graph)
     refuse_other_canvases(graph, stride)
     settings = configs.to_dict(config)
     del settings["distill"]
@@ -96,8 +87,6 @@ def write(path: Path, model: DFine, config: Config, categories: list[dict[str, A
         config=json.dumps(settings),
         dfine_version=metadata.version("dfine"),
     )
-    if half:
-        store_in_half(program.model.graph)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.writing")
     try:
@@ -153,24 +142,16 @@ def preprocessing(config: Config, stride: int) -> dict[str, Any]:
     return said | {"multiple_of": stride, "padding": "0, right and below"}
 
 
-def store_in_half(graph: Any) -> None:
-    """Makes every large fp32 weight fp16, followed by a cast, which runtimes compute when they load the file."""
+def match_norms(graph: Any) -> None:
+    """Casts the weights of layer norms to the type of what they are fed, as ONNX has it; torch takes two types."""
     import onnx_ir
 
-    for weight in [*graph.initializers.values()]:
-        if weight.dtype != onnx_ir.DataType.FLOAT or weight.const_value.size < HALF_FROM:
-            continue
-        stored = onnx_ir.Value(
-            name=f"{weight.name}_half",
-            shape=weight.shape,
-            type=onnx_ir.TensorType(onnx_ir.DataType.FLOAT16),
-            const_value=onnx_ir.tensor(weight.const_value.numpy().astype(np.float16)),
-        )
-        cast = onnx_ir.node("Cast", [stored], {"to": onnx_ir.DataType.FLOAT.value})
-        weight.replace_all_uses_with(cast.outputs[0])
-        graph.initializers.pop(weight.name)
-        graph.initializers.add(stored)
-        graph.insert_before(graph[0], cast)
+    for node in [*graph]:
+        for i in (1, 2) if node.op_type == "LayerNormalization" else ():
+            if node.inputs[i] is not None and node.inputs[i].dtype != node.inputs[0].dtype:
+                cast = onnx_ir.node("Cast", [node.inputs[i]], {"to": node.inputs[0].dtype.value})
+                graph.insert_before(node, cast)
+                node.replace_input_with(i, cast.outputs[0])
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfine.boxes import full_precision
-from dfine.model.cpu_kernels import by_embedding_bag
+from dfine.model.cpu_kernels import by_embedding_bag, by_gather
 
 
 class DeformableAttention(nn.Module):
@@ -87,8 +87,8 @@ def deformable_attention(
         (B, Q, D)
     """
     value = value.to(locations.dtype)  # half-precision locations would be off by a tenth of a cell and more
-    plain = value.device.type != "cpu" or torch.onnx.is_in_onnx_export()
-    read = by_grid_sample if plain else by_embedding_bag
+    on_cpu = by_gather if torch.onnx.is_in_onnx_export() else by_embedding_bag
+    read = on_cpu if value.device.type == "cpu" else by_grid_sample
     return read(value, shapes, locations, weights.to(value.dtype), points)
 
 

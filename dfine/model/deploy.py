@@ -43,10 +43,7 @@ def deploy(model: Model, fast: bool = False) -> Model:
     if fast:
         model.to(memory_format=torch.channels_last)
     if fast and multiplies_bf16(device):
-        kept = {layer for module in model.modules() if isinstance(module, FullPrecision) for layer in module}
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear | nn.MultiheadAttention) and module not in kept:
-                module.bfloat16()  # once, not in every forward pass
+        in_half(model, torch.bfloat16)  # once, not in every forward pass
     if fast:
         model.forward = FastForward(model)
     return model
@@ -69,6 +66,14 @@ class FastForward:
             self.compiled = True
         with torch.autocast(device, torch.bfloat16, enabled=self.half):
             return type(self.model).forward(self.model, *args, **kwargs)
+
+
+def in_half(model: nn.Module, dtype: torch.dtype) -> None:
+    """Stores the weights that autocast would convert in every forward pass in half precision."""
+    kept = {layer for module in model.modules() if isinstance(module, FullPrecision) for layer in module}
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.MultiheadAttention) and module not in kept:
+            module.to(dtype)
 
 
 def compile_parts(model: nn.Module) -> None:
