@@ -11,50 +11,10 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from dfine.data.synthetic.documents.pictures import (
-    BLACK,
-    WHITE,
-    Box,
-    Colour,
-    Picture,
-    as_picture,
-    letters_on,
-    noise,
-    pale,
-    photo,
-    picture,
-    vivid,
-)
-from dfine.data.synthetic.documents.text import (
-    LANGUAGES,
-    LOOKS,
-    Font,
-    draw_voice,
-    number,
-    phrase,
-    pick_family,
-    set_text,
-    word,
-    words,
-)
-from dfine.data.synthetic.documents.writers import (
-    WRITERS,
-    Group,
-    Patch,
-    Style,
-    below,
-    blend,
-    figure,
-    moved,
-    notes,
-    on_ground,
-    picture_patch,
-    runs,
-    tabular,
-    text,
-    text_group,
-    text_patch,
-)
+from dfine.data.synthetic.documents import pictures, text, writers
+from dfine.data.synthetic.documents.pictures import BLACK, WHITE, Box, Colour, Picture, letters_on, pale
+from dfine.data.synthetic.documents.text import LOOKS, Font, number, phrase, set_text, word, words
+from dfine.data.synthetic.documents.writers import Group, Patch, Style, below, runs, set_prose, text_group, text_patch
 from dfine.data.synthetic.ink import Rng, pick
 from dfine.data.synthetic.pages import CLASSES, Drawn
 
@@ -113,7 +73,7 @@ class Page:
                 self.image[y0:y1, x0:x1] = np.asarray(colour)[rows, columns]
             else:
                 assert isinstance(colour, tuple)
-                blend(self.image, ink[rows, columns], colour, x0, y0)
+                writers.blend(self.image, ink[rows, columns], colour, x0, y0)
             if patch.label:
                 self.labels.append(CLASSES.index(patch.label))
                 self.boxes.append(box)
@@ -127,20 +87,20 @@ class Page:
 
 def draw_families(rng: Rng, language: str, serif: float, colourful: float) -> tuple[str, str]:
     """Draws the families of the text and of the headings."""
-    if family := LANGUAGES[language].get("family"):
+    if family := text.LANGUAGES[language].get("family"):
         return family, family
     if language == "Russian":
-        return pick_family(rng, "cyrillic"), pick_family(rng, "cyrillic")
-    family = pick_family(rng, "serif" if rng.random() < serif else "sans")
+        return text.pick_family(rng, "cyrillic"), text.pick_family(rng, "cyrillic")
+    family = text.pick_family(rng, "serif" if rng.random() < serif else "sans")
     if rng.random() < 0.5:
         return family, family
-    return family, pick_family(rng, "display" if rng.random() < colourful / 2 else "sans")
+    return family, text.pick_family(rng, "display" if rng.random() < colourful / 2 else "sans")
 
 
 def draw_style(rng: Rng, kind: str, scale: float) -> Style:
     """Draws the typography of a page; `scale` is pixels a point."""
     of = KINDS[kind]
-    voice = draw_voice(rng)
+    voice = text.draw_voice(rng)
     family, other = draw_families(rng, voice.language, of.serif, of.colourful)
     points = {name: rng.uniform(*span) for name, span in LOOKS["points"].items()}
     usual = rng.uniform(8, 10.5) if max(of.columns) > 1 and rng.random() < 0.7 else rng.uniform(9, 12)
@@ -149,28 +109,21 @@ def draw_style(rng: Rng, kind: str, scale: float) -> Style:
     indented = rng.random() < (0.75 if of.pictures == "paper" or kind in ("book", "magazine") else 0.15)
     paper = pale(rng, 0.12) if rng.random() < 0.12 * (0.3 + of.colourful) else WHITE
     if kind in ("slide", "brochure", "cover", "poster") and rng.random() < 0.2:
-        r, g, b = vivid(rng)
+        r, g, b = pictures.vivid(rng)
         paper, ink, accent = (r // 3, g // 3, b // 3), (245, 245, 245), pale(rng, 0.5)
     else:
         ink = pick(rng, (BLACK, BLACK, (35, 31, 32), (60, 60, 65)))
         sober = rng.random() >= of.colourful
-        accent = pick(rng, (BLACK, BLACK, (40, 40, 40), (90, 90, 90))) if sober else vivid(rng)
-    coloured = of.colourful > 0.3
-    look = {
-        "heading": pick(rng, LOOKS["colourful_headings" if coloured else "headings"]),
-        "marks": pick(rng, LOOKS["marks"]),
-        "caption": pick(rng, ("bold", "bold", "plain", "colour" if coloured else "plain")),
-        "name": pick(rng, ("plain", "plain", "upper", "short")),
-        "table": pick(rng, LOOKS["tables"]),
-        "lead": pick(rng, ("none", "clauses") if kind == "law" else ("none", "none", "none", "bold")),
-        "pictures": of.pictures,
-    }
+        accent = pick(rng, (BLACK, BLACK, (40, 40, 40), (90, 90, 90))) if sober else pictures.vivid(rng)
+    options: dict[str, list[str]] = LOOKS["look"] | (LOOKS["colourful_look"] if of.colourful > 0.3 else {})
+    options |= LOOKS["law_look"] if kind == "law" else {}
+    look = {part: pick(rng, looks) for part, looks in options.items()} | {"pictures": of.pictures}
     justified = of.pictures == "paper" or kind in ("law", "book")
     return Style(
         voice=voice,
         font=Font(family, size),
         head=Font(other, size * rng.uniform(1.0, 1.6), bold=rng.random() < 0.8),
-        mono=Font(pick_family(rng, "mono"), 0.92 * size),
+        mono=Font(text.pick_family(rng, "mono"), 0.92 * size),
         pitch=pitch,
         align=pick(rng, ("justify", "justify", "justify", "left") if justified else ("justify", "left", "left")),
         indent=round(size * rng.uniform(1, 2)) if indented else 0,
@@ -192,14 +145,14 @@ def fill(
     page: Page, rng: Rng, s: Style, weights: Floats, x: int, y: int, width: int, bottom: int, first: str = ""
 ) -> None:
     """Fills a column from y to the bottom, beginning with what the writer `first` draws."""
-    names, last, top, failures = list(WRITERS), "heading", True, 0
+    names, last, top, failures = list(writers.WRITERS), "heading", True, 0
     while failures < 4 and y < bottom:
         chances = weights.copy()
         if last != "text":
             chances[names.index(last)] *= 0.1 if last == "heading" else 0
         name, first = first or str(rng.choice(names, p=runs(chances))), ""
         own = s._replace(indent=s.indent * int(rng.random() < 0.4)) if top and name == "text" else s
-        group = WRITERS[name](rng, own, width, bottom - y - (0 if top else s.gap))
+        group = writers.WRITERS[name](rng, own, width, bottom - y - (0 if top else s.gap))
         gap = 0 if top or group is None else group.gap
         if name == "text" and last == "heading":
             gap = min(gap, round(0.4 * s.pitch))
@@ -240,7 +193,8 @@ def furniture(page: Page, rng: Rng, s: Style, label: str, y: int) -> None:
     texts = running_texts(rng, s, page.kind)
     few = label == "Page-footer" and rng.random() < 0.6
     places = pick(rng, LOOKS["running"][: 5 if few else None]).split()
-    width, count, end, taken = page.right - page.left, 3 - places.count("-"), y, [(-9, -9)]
+    width, count, end = page.right - page.left, 3 - places.count("-"), y
+    taken: list[tuple[int, int]] = []
     for place, name in enumerate(places):
         if name == "-":
             continue
@@ -249,7 +203,7 @@ def furniture(page: Page, rng: Rng, s: Style, label: str, y: int) -> None:
         patch = text_patch(label, ink, colour, page.left + (width - ink.shape[1]) * place // 2, y)
         if patch.label:
             start, stop = patch.x, patch.x + patch.size[1]
-            if all(start >= other_stop + 3 or other_start >= stop + 3 for other_start, other_stop in taken):
+            if all(start >= other[1] + 3 or other[0] >= stop + 3 for other in taken):
                 page.put([patch])
             taken.append((start, stop))
             end = max(end, patch.y + patch.size[0])
@@ -276,7 +230,7 @@ def title_block(rng: Rng, s: Style, width: int, kind: str) -> Group:
     elif rng.random() < 0.5:
         sub = s.head._replace(size=max(s.font.size, 0.5 * font.size), bold=False, italic=rng.random() < 0.3)
         lines, label = rng.uniform(0.3, 1.6), pick(rng, ("Text", "Text", "Section-header"))
-        groups.append(text(rng, s, width, lines, sub, label, align)._replace(gap=space))
+        groups.append(set_prose(rng, s, width, lines, sub, label, align)._replace(gap=space))
     group = below(groups)
     return group._replace(high=group.high + 2 * space)
 
@@ -290,7 +244,7 @@ def authors(rng: Rng, s: Style, width: int, align: str, space: int) -> list[Grou
     groups = [text_group("Text", ink, s.ink, space)]
     for _ in range(int(rng.integers(0, 4))):
         font = s.small._replace(italic=rng.random() < 0.5)
-        place = text(rng, s, width, rng.uniform(0.4, 1.8), font, align=align)
+        place = set_prose(rng, s, width, rng.uniform(0.4, 1.8), font, align=align)
         groups.append(place._replace(gap=pick(rng, (1, 4, space // 2))))
     return groups
 
@@ -304,17 +258,17 @@ def abstract(rng: Rng, s: Style, width: int, space: int) -> list[Group]:
         groups.append(text_group("Section-header", ink, s.accent, space, inset // 2))
     parts = 1 if rng.random() < 0.6 else int(rng.integers(2, 5))
     for _ in range(parts):
-        part = text(rng, s, width - inset, rng.uniform(5, 14) / parts + 1, s.small)
-        groups.append(Group(moved(part, inset // 2, 0), part.high, pick(rng, (3, space // 2))))
+        part = set_prose(rng, s, width - inset, rng.uniform(5, 14) / parts + 1, s.small)
+        groups.append(Group(writers.moved(part, inset // 2, 0), part.high, pick(rng, (3, space // 2))))
     if rng.random() < 0.5:
-        groups.append(text(rng, s, width - inset, rng.uniform(0.4, 1.4), s.small)._replace(gap=space // 2))
+        groups.append(set_prose(rng, s, width - inset, rng.uniform(0.4, 1.4), s.small)._replace(gap=space // 2))
     return groups
 
 
 def put_logo(page: Page, rng: Rng, s: Style, x: int, y: int, high: int) -> None:
     """Puts a logo three times as wide as high on the page."""
-    logo = picture(rng, "logo", 3 * high, high, s.paper, s.voice, s.head.family)
-    page.put([picture_patch("Picture", logo, s.paper)], x, y)
+    logo = pictures.picture(rng, "logo", 3 * high, high, s.paper, s.voice, s.head.family)
+    page.put([writers.picture_patch("Picture", logo, s.paper)], x, y)
 
 
 def cover(page: Page, rng: Rng, s: Style) -> None:
@@ -323,7 +277,7 @@ def cover(page: Page, rng: Rng, s: Style) -> None:
     side, look = round(0.09 * wide), pick(rng, ("over", "half", "colour", "plain"))
     y, width = round(high * rng.uniform(0.1, 0.5)), wide - 2 * side
     if look == "over":
-        page.image[:] = (photo(rng, wide, high) * rng.uniform(0.25, 0.6)).astype(np.uint8)
+        page.image[:] = (pictures.photo(rng, wide, high) * rng.uniform(0.25, 0.6)).astype(np.uint8)
         s = s._replace(ink=WHITE, accent=WHITE)
     elif look == "colour":
         s = s._replace(ink=WHITE, accent=WHITE, paper=s.accent if sum(s.accent) < 400 else (30, 50, 90))
@@ -331,7 +285,7 @@ def cover(page: Page, rng: Rng, s: Style) -> None:
     elif look == "half":
         at, part, start = pick(rng, ((0, 0.45, 0.5), (0.5, 0.5, 0.08), (0.25, 0.4, 0.7)))
         inset = pick(rng, (0, 0, side))
-        shot = photo(rng, wide - 2 * inset, round(part * high))
+        shot = pictures.photo(rng, wide - 2 * inset, round(part * high))
         page.put([Patch("Picture", None, shot, inset, round(at * high))])
         y = round(high * start)
     title = title_block(rng, s, width, "cover")
@@ -339,7 +293,7 @@ def cover(page: Page, rng: Rng, s: Style) -> None:
     y += title.high
     for _ in range(int(rng.integers(0, 4))):
         y += round(s.pitch * rng.uniform(0.2, 2))
-        line = text(rng, s, width, rng.uniform(0.2, 1.4), s.font, align="left")
+        line = set_prose(rng, s, width, rng.uniform(0.2, 1.4), s.font, align="left")
         if y + line.high < high * (0.48 if look == "half" and y < 0.5 * high else 0.92):
             page.put(line.patches, side, y)
             y += line.high
@@ -399,7 +353,7 @@ def side_bar(page: Page, rng: Rng, s: Style) -> None:
     tint = pick(rng, (s.accent, pale(rng, 0.3)))
     x = 0 if on_left else wide - bar
     page.ground(x, x + bar, high, tint)
-    inner = on_ground(s, tint)._replace(font=s.font._replace(size=max(7.0, 0.9 * s.font.size)))
+    inner = writers.on_ground(s, tint)._replace(font=s.font._replace(size=max(7.0, 0.9 * s.font.size)))
     weights = np.array([5.0, 3, 2, 1, 0, 0, 0, 0, 0, 0.5, 0, 1])
     fill(page, rng, inner, weights, x + 12, page.top, bar - 24, round(page.bottom * rng.uniform(0.4, 1)))
     page.left, page.right = (bar + 16, page.right) if on_left else (page.left, x - 16)
@@ -413,7 +367,7 @@ def margin_notes(page: Page, rng: Rng, s: Style) -> None:
     while y < page.bottom and rng.random() < 0.85:
         y += round(high * rng.uniform(0.0, 0.15))
         lines, colour = rng.uniform(0.5, 5), pick(rng, (s.ink, s.accent))
-        note = text(rng, s._replace(ink=colour), band - 12, lines, font, align="left")
+        note = set_prose(rng, s._replace(ink=colour), band - 12, lines, font, align="left")
         if y + note.high < page.bottom:
             page.put(note.patches, page.left if on_left else page.right - band + 12, y)
         y += note.high + round(2 * s.pitch)
@@ -460,7 +414,7 @@ def compose(page: Page, rng: Rng, s: Style) -> None:
             page.put(title.patches, page.left, page.top)
             page.top += title.high
     if rng.random() < of.notes:
-        foot = notes(rng, s, width if rng.random() < 0.6 else width // 2 - 10, int(rng.integers(1, 5)))
+        foot = writers.notes(rng, s, width if rng.random() < 0.6 else width // 2 - 10, int(rng.integers(1, 5)))
         if foot.high < 0.3 * (page.bottom - page.top):
             page.bottom -= foot.high
             page.put(foot.patches, page.left, page.bottom)
@@ -474,7 +428,7 @@ def fill_columns(page: Page, rng: Rng, s: Style, weights: Floats, first: str) ->
     columns = max(1, min(pick(rng, of.columns), round(width / (9 * s.font.size))))
     gutter = round(s.font.size * rng.uniform(1.2, 3))
     if columns > 1 and rng.random() < 0.45:
-        writer = figure if rng.random() < 0.6 or page.kind == "magazine" else tabular
+        writer = writers.figure if rng.random() < 0.6 or page.kind == "magazine" else writers.tabular
         across = writer(rng, s, width, round((page.bottom - page.top) * rng.uniform(0.3, 0.75)))
         if across and rng.random() < 0.7:
             page.put(across.patches, page.left, page.top)
@@ -516,7 +470,7 @@ def scan(rng: Rng, image: Picture, boxes: Floats) -> tuple[Picture, Floats]:
         work -= (255 - work[:, ::-1]) * rng.uniform(0.03, 0.12)
     paper = pick(rng, (WHITE, (250, 246, 232), (240, 238, 230), (232, 232, 232), (245, 230, 200)))
     work *= np.array(paper, np.float32) / 255
-    work *= 1 - rng.uniform(0, 0.15) * noise(rng, wide, high, 2)
+    work *= 1 - rng.uniform(0, 0.15) * pictures.noise(rng, wide, high, 2)
     if rng.random() < 0.15:
         band = int(rng.integers(2, 16))
         work[:, :band] *= np.linspace(0.2, 1, band)[None, :, None]
@@ -524,7 +478,7 @@ def scan(rng: Rng, image: Picture, boxes: Floats) -> tuple[Picture, Floats]:
         work = cv2.GaussianBlur(work, (0, 0), rng.uniform(0.3, 0.9))
     if rng.random() < 0.15:  # a copy in black and white
         work = 255 / (1 + np.exp(-(work - 150) / 12))
-    return as_picture(work + rng.normal(0, rng.uniform(1, 10), (high, wide, 1)).astype(np.float32)), boxes
+    return pictures.as_picture(work + rng.normal(0, rng.uniform(1, 10), (high, wide, 1)).astype(np.float32)), boxes
 
 
 def turned_boxes(boxes: Floats, turn: Floats) -> Floats:

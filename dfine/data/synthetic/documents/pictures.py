@@ -57,7 +57,7 @@ def photo(rng: Rng, wide: int, high: int) -> Picture:
     low = np.array(vivid(rng), np.float32) * rng.uniform(0.1, 0.8)
     top = np.array(pale(rng, rng.uniform(0.1, 0.9)), np.float32)
     light = 0.6 * noise(rng, wide, high, int(rng.integers(1, 4)))
-    light = light + 0.3 * noise(rng, wide, high, int(rng.integers(4, 12)))
+    light += 0.3 * noise(rng, wide, high, int(rng.integers(4, 12)))
     light += 0.15 * noise(rng, wide, high, 30)
     if rng.random() < 0.5:  # a sky
         light += np.linspace(0.5, -0.4, high, dtype=np.float32)[:, None, None]
@@ -114,9 +114,6 @@ class Sheet:
         """Writes words around (x, y), or where Pillow's `anchor` says."""
         self.draw.text((x, y), text, self.ink, face(self.font._replace(**cut)), anchor=anchor)
 
-    def frame(self, colour: Colour) -> None:
-        self.draw.rectangle((0, 0, self.wide - 1, self.high - 1), None, colour)
-
 
 def chart(rng: Rng, sheet: Sheet) -> None:
     """Draws a chart with axes, labels, and often a legend, a title and a frame."""
@@ -156,7 +153,7 @@ def chart(rng: Rng, sheet: Sheet) -> None:
         sheet.draw.rectangle((x, y - 3, x + 6, y + 3), palette[i])
         sheet.write(name, x + 10, y, "lm")
     if rng.random() < 0.12:
-        sheet.frame((150, 150, 150))
+        sheet.draw.rectangle((0, 0, wide - 1, high - 1), None, (150, 150, 150))
 
 
 def _pie(rng: Rng, sheet: Sheet, box: Box, palette: list[Colour]) -> None:
@@ -320,9 +317,8 @@ def chart_map(rng: Rng, sheet: Sheet) -> None:
 def screen(rng: Rng, sheet: Sheet) -> None:
     """Draws a window of a program: a bar, fields, buttons, lines of text."""
     draw, wide, back = sheet.draw, sheet.wide, pick(rng, (WHITE, (240, 240, 240), (20, 24, 32), (250, 250, 245)))
-    draw.rectangle((0, 0, wide, sheet.high), back)
     sheet.font, bar = sheet.font._replace(size=rng.uniform(7, 10)), vivid(rng)
-    sheet.frame((120, 120, 120))
+    draw.rectangle((0, 0, wide - 1, sheet.high - 1), back, (120, 120, 120))
     if rng.random() < 0.7:
         draw.rectangle((0, 0, wide - 1, 14), bar)
         sheet.ink = WHITE

@@ -8,27 +8,16 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dfine.data.synthetic.documents.pictures import Colour, Picture, letters_on, picture
-from dfine.data.synthetic.documents.text import (
-    LOOKS,
-    Font,
-    Voice,
-    families,
-    number,
-    phrase,
-    prose,
-    raised,
-    set_text,
-    word,
-    words,
-)
+from dfine.data.synthetic.documents import text
+from dfine.data.synthetic.documents.pictures import WHITE, Colour, Picture, letters_on, picture
+from dfine.data.synthetic.documents.text import LOOKS, Font, number, phrase, prose, raised, set_text, word, words
 from dfine.data.synthetic.ink import FAINT, Ink, Rng, paste, pick, visible
 
 
 class Style(NamedTuple):
     """The typography of a page; lengths in pixels."""
 
-    voice: Voice
+    voice: text.Voice
     font: Font
     head: Font
     mono: Font
@@ -125,7 +114,7 @@ def mixed(colour: Colour, other: Colour, share: float) -> Colour:
 
 def on_ground(s: Style, ground: Colour) -> Style:
     """The style of text on a ground of another colour: white on a dark one."""
-    ink: Colour = (255, 255, 255) if sum(ground) < 380 else (20, 20, 20)
+    ink: Colour = WHITE if sum(ground) < 380 else (20, 20, 20)
     far = abs(sum(ground) - sum(s.accent)) > 200
     look = {**s.look, "heading": "colour"}
     return s._replace(paper=ground, ink=ink, accent=s.accent if far else ink, align="left", look=look)
@@ -142,7 +131,7 @@ def some_prose(rng: Rng, s: Style, font: Font, width: float, lines: float, most:
     return prose(rng, s.voice, min(most, max(1.0, lines * width / (3.1 * font.size))), font)
 
 
-def text(
+def set_prose(
     rng: Rng, s: Style, width: int, lines: float, font: Font, label: str = "Text", align: str = "", x: int = 0
 ) -> Group:
     """Sets prose of about so many lines, from x on."""
@@ -231,8 +220,8 @@ ROMANS = ("i", "ii", "iii", "iv", "v", "vi", "vii", "viii", "ix", "x")
 
 def items(rng: Rng, s: Style, width: int, room: int) -> Group | None:
     """Draws a list, each item with its mark a block; at times a few of a second level below one."""
-    kind = s.look["marks"] if rng.random() < 0.6 else pick(rng, LOOKS["marks"])
-    second, left = pick(rng, LOOKS["marks"]), round(s.font.size * pick(rng, (0, 0, 1, 2, 3)))
+    kind = s.look["marks"] if rng.random() < 0.6 else pick(rng, LOOKS["look"]["marks"])
+    second, left = pick(rng, LOOKS["look"]["marks"]), round(s.font.size * pick(rng, (0, 0, 1, 2, 3)))
     counted = "{" in kind
     hang = round(s.font.size * float(pick(rng, (1.8, 2.2, 3.0)) if counted else pick(rng, (1.2, 1.6, 2.0, 2.5))))
     gap, length = pick(rng, (0, 0, round(0.3 * s.pitch), s.gap, s.gap)), pick(rng, (0.5, 0.9, 1.6, 3.0))
@@ -405,10 +394,8 @@ def draw_columns(rng: Rng, font: Font, width: int) -> tuple[list[Column], int, i
     heads = pick(rng, (1, 1, 1, 2, 0))
     forms = [pick(rng, LOOKS["cells"]) for _ in kinds]
     scales = [10 ** rng.uniform(0.3, 4.5) for _ in kinds]
-    aligns = [
-        pick(rng, ("right", "center", "center") if kind in ("number", "mark") else ("left", "left", "center"))
-        for kind in kinds
-    ]
+    wide, narrow = ("left", "left", "center"), ("right", "center", "center")
+    aligns = [pick(rng, narrow if kind in ("number", "mark") else wide) for kind in kinds]
     aligns[0] = "left" if kinds[0] == "name" else aligns[0]
     return [Column(*of) for of in zip(kinds, edges[:-1], edges[1:], aligns, forms, scales, strict=True)], rows, heads
 
@@ -431,14 +418,14 @@ def table_picture(rng: Rng, s: Style, width: int, room: int) -> Picture:
     """Draws a table that fits: kinds of columns, wrapped cells, heads of several rows, rules, stripes, totals."""
     font = s.small._replace(italic=False, size=s.small.size * pick(rng, (1.0, 1.0, 0.9, 1.1)))
     pitch, pad = round(1.25 * font.size), pick(rng, (1, 2, 3, 5, 8))
-    look = s.look["table"] if rng.random() < 0.6 else pick(rng, LOOKS["tables"])
+    look = s.look["table"] if rng.random() < 0.6 else pick(rng, LOOKS["look"]["table"])
     columns, rows, heads = draw_columns(rng, font, width)
     rows += heads
     money, grouped, total = rng.random() < 0.15, rng.random() < 0.25, rng.random() < 0.3
     empty, line = pick(rng, (0, 0, 0.08, 0.3)), pick(rng, (s.ink, s.ink, (150, 150, 150), s.accent))
     fills = {"headbar": s.accent, "shade": mixed(s.accent, s.paper, 0.8), "stripes": pick(rng, (None, s.accent))}
     head_fill, tint = fills.get(look), mixed(s.accent, s.paper, rng.uniform(0.82, 0.93))
-    head_ink = (255, 255, 255) if head_fill and sum(head_fill) < 430 else s.ink
+    head_ink = WHITE if head_fill and sum(head_fill) < 430 else s.ink
     image = np.full((room + 2, width, 3), s.paper, np.uint8)
     y, rules, head_rule = 1, [0], 0
     for row in range(rows):
@@ -487,8 +474,8 @@ def form_picture(rng: Rng, s: Style, width: int, room: int) -> Picture:
     font, filled = s.small._replace(size=max(6.5, 0.8 * s.small.size), italic=False), 0.7 * rng.random()
     image, y, line = np.full((room + 2, width, 3), s.paper, np.uint8), 0, pick(rng, (s.ink, (120, 120, 120), s.accent))
 
-    def write(text: str, font: Font, x: int, y: int, wide: int = width) -> None:
-        blend(image, word(text, font)[:, : max(2, wide)], s.ink, x, y)
+    def write(name: str, font: Font, x: int, y: int, wide: int = width) -> None:
+        blend(image, word(name, font)[:, : max(2, wide)], s.ink, x, y)
 
     for _ in range(int(rng.integers(3, 14))):
         high = round(font.size * rng.uniform(2, 4.5))
@@ -540,7 +527,7 @@ def contents(rng: Rng, s: Style, width: int, room: int) -> Group | None:
 def formula(rng: Rng, s: Style, width: int, room: int) -> Group | None:
     """Draws a displayed formula of one to three lines, mostly with its number, which belongs to its box."""
     size = s.font.size * rng.uniform(1.0, 1.2)
-    plain = Font("STIX", size) if "STIX" in families() else s.font
+    plain = Font("STIX", size) if "STIX" in text.families() else s.font
     rows, step = pick(rng, (1, 1, 1, 2, 3)), round(3.4 * size)
     if step * rows > room:
         return None
@@ -628,7 +615,7 @@ def quote(rng: Rng, s: Style, width: int, room: int) -> Group | None:
             s._replace(ink=s.accent, align="left"),
         )
     inset, gap = round(width * rng.uniform(0.04, 0.14)), round(0.8 * s.pitch)
-    group = text(rng, own, width - inset, rng.uniform(2, 6), font, x=inset)
+    group = set_prose(rng, own, width - inset, rng.uniform(2, 6), font, x=inset)
     if group.high > room:
         return None
     if rng.random() < 0.4:
