@@ -457,7 +457,7 @@ def scan(rng: Rng, image: Picture, boxes: Floats) -> tuple[Picture, Floats]:
     """Makes a page look scanned: skew, which boxes follow, paper, shadows, the back page, blur and noise."""
     high, wide = image.shape[:2]
     if rng.random() < 0.7:
-        turn = cv2.getRotationMatrix2D((wide / 2, high / 2), float(rng.normal(0, 0.5)), 1)
+        turn = np.asarray(cv2.getRotationMatrix2D((wide / 2, high / 2), float(rng.normal(0, 0.5)), 1), np.float64)
         edge = tuple(int(c) for c in image[2, 2])
         image = np.asarray(
             cv2.warpAffine(image, turn, (wide, high), flags=cv2.INTER_LINEAR, borderValue=edge), np.uint8

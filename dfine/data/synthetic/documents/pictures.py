@@ -79,7 +79,7 @@ def photo(rng: Rng, wide: int, high: int) -> Picture:
             cut = (slice(max(0, y), max(0, y) + abs(b) + 1), slice(max(0, x), max(0, x) + abs(a) + 1))
             image[cut] = texture[cut]
     if rng.random() < 0.6:
-        image = cv2.GaussianBlur(image, (0, 0), pick(rng, (0.6, 1.0, 2.0, 4.0)))
+        image = np.asarray(cv2.GaussianBlur(image, (0, 0), pick(rng, (0.6, 1.0, 2.0, 4.0))), np.uint8)
     grain = rng.normal(0, rng.uniform(1, 9), (high, wide, 1)).astype(np.float32)
     image = as_picture(image + grain + 25 * (noise(rng, wide, high, 40) - 0.5))
     return image if rng.random() < 0.8 else np.repeat(image.mean(2, keepdims=True).astype(np.uint8), 3, 2)
