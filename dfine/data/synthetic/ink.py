@@ -133,26 +133,38 @@ def prose(rng: Rng, count: float, font: Font, stops: float = 0.07) -> list[Ink]:
     return inks
 
 
+def break_lines(
+    inks: Sequence[Ink], width: int, space: int, first: int, rest: int, most: int
+) -> tuple[list[list[Ink]], bool]:
+    """Breaks words into `most` lines of `width` pixels, and tells whether words are left over.
+
+    `first` and `rest` are the indents of the first and of the other lines.
+    """
+    lines: list[list[Ink]] = [[]]
+    room = width - first
+    for ink in inks:
+        if lines[-1] and ink.shape[1] > room:
+            if len(lines) == most:
+                return lines, True
+            lines.append([])
+            room = width - rest
+        lines[-1].append(ink)
+        room -= ink.shape[1] + space
+    return lines, False
+
+
 def set_text(
     inks: Sequence[Ink], width: int = 0, pitch: int = 0, align: str = "left", indent: int = 0, most: int = 99
 ) -> Ink:
     """Sets words in lines of `width` pixels (0: one line), `pitch` apart, and keeps `most` of them."""
     space = max(2, round(0.27 * inks[-1].shape[0]))
     width = width or sum(ink.shape[1] + space for ink in inks)
-    lines: list[list[Ink]] = [[]]
-    room = width - indent
-    for ink in inks:
-        if lines[-1] and ink.shape[1] > room:
-            lines.append([])
-            room = width
-        lines[-1].append(ink)
-        room -= ink.shape[1] + space
-    last, lines = len(lines) - 1, lines[:most]
+    lines, cut = break_lines(inks, width, space, indent, 0, most)
     canvas = np.zeros((pitch * (len(lines) - 1) + max(ink.shape[0] for ink in inks), width), np.uint8)
     for row, line in enumerate(lines):
         start = 0 if row else indent
         slack = width - start - sum(ink.shape[1] for ink in line) - space * (len(line) - 1)
-        step = slack / max(1, len(line) - 1) if align == "justify" and row < last else 0.0
+        step = slack / max(1, len(line) - 1) if align == "justify" and (cut or line is not lines[-1]) else 0.0
         x = start + max(0, {"center": slack / 2, "right": slack}.get(align, 0.0))
         for ink in line:
             paste(canvas, ink, int(x), row * pitch)

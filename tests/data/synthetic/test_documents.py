@@ -9,7 +9,7 @@ from PIL import Image
 
 from dfine.config import PagesConfig
 from dfine.data.sources import open_source
-from dfine.data.synthetic.documents import text, writers
+from dfine.data.synthetic.documents import text
 from dfine.data.synthetic.documents.pages import KINDS, draw_page, draw_style, page_size
 from dfine.data.synthetic.pages import CLASSES, Drawn, coco_dict, write_folder
 
@@ -24,7 +24,6 @@ def drawn() -> list[Drawn]:
 @pytest.fixture
 def no_typefaces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text, "families", frozenset)
-    monkeypatch.setattr(writers, "families", frozenset)
 
 
 def overlap(boxes: np.ndarray) -> np.ndarray:
