@@ -3,8 +3,9 @@
     onnx          a file for onnxruntime and others, of any model; `dfine.checkpoints.onnx_format` says what is in it
     transformers  config.json, preprocessor_config.json and model.safetensors, for `DFineForObjectDetection`
     original      model.pth, the weights as the original implementation has them; classes by number
+    ours          a file such as model.pt for all commands here, less than half as large: in bf16 and compressed
 
-The last two are for models around an HGNetV2; PATH is a folder for them, and for onnx a file such as model.onnx.
+For transformers and original, which take models around an HGNetV2, PATH is a folder; else it is a file.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="best.pt of a run, published weights, or a name on the hub")
-    parser.add_argument("--format", required=True, choices=("onnx", "transformers", "original"))
+    parser.add_argument("--format", required=True, choices=("onnx", "transformers", "original", "ours"))
     parser.add_argument("--out", required=True, type=Path, help="what to write")
     parser.add_argument("--half", action="store_true", help="onnx: weights in half precision, for half the file")
     options = parser.parse_args()
@@ -63,14 +64,21 @@ def to_onnx(path: Path, model: DFine, config: Config, categories: list[dict[str,
     print(f"{path}: {size:.1f} MB, {len(categories)} classes, any number of pages, any sides in multiples of {stride}")
 
 
+def to_ours(path: Path, model: DFine, config: Config, categories: list[dict[str, Any]]) -> None:
+    if path.suffix != ".pt":
+        raise ours.CheckpointError(f"{path}: name a file that ends in .pt")
+    ours.save_small(path, ours.weights(config, categories, model))
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(categories)} classes")
+
+
 def main() -> None:
     options = arguments()
     model, config, categories = load_model(options.checkpoint)
     if options.format == "onnx":
         to_onnx(options.out, model, config, categories, options.half)
     else:
-        to_folder = {"transformers": to_transformers, "original": to_original}[options.format]
-        to_folder(options.out, model, config, categories)
+        write = {"transformers": to_transformers, "original": to_original, "ours": to_ours}[options.format]
+        write(options.out, model, config, categories)
 
 
 if __name__ == "__main__":

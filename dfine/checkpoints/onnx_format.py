@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -67,6 +68,7 @@ def write(path: Path, model: DFine, config: Config, categories: list[dict[str, A
     except ImportError as error:
         raise CheckpointError(INSTALL) from error
     deployed, stride = copy.deepcopy(model).cpu().deploy(), model.strides[-1]
+    fix_padding(deployed)
     pages = torch.tensor([[3 * stride - 1, 4 * stride], [3 * stride, 4 * stride - 1]])  # any: all sizes are symbols
     images = torch.zeros(2, 3, 3 * stride, 4 * stride, dtype=torch.uint8)
     batch, rows, columns = Dim("batch"), Dim("rows"), Dim("columns")
@@ -103,6 +105,21 @@ def write(path: Path, model: DFine, config: Config, categories: list[dict[str, A
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: cannot save ({error})") from error
+
+
+def fix_padding(model: nn.Module) -> None:
+    """Replaces TensorFlow's padding, which depends on a map's size, by what it comes to on pages of whole strides.
+
+    There every map divides by the stride of its convolution. Without this torch derives formulas for the sizes of maps
+    for more than ten minutes.
+    """
+    for name, conv in [*model.named_modules()]:
+        if isinstance(conv, Conv2dSame):
+            needed = [d * (k - 1) + 1 - s for k, s, d in zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)]
+            high, wide = (max(0, pixels) for pixels in needed)
+            conv.__class__ = nn.Conv2d  # type: ignore[assignment]
+            pad = nn.ZeroPad2d((wide // 2, wide - wide // 2, high // 2, high - high // 2))
+            model.set_submodule(name, nn.Sequential(pad, conv))
 
 
 def preprocessing(config: Config, stride: int) -> dict[str, Any]:
