@@ -3,18 +3,29 @@
 For best.pt it writes best.metrics.json and best.detections.json (COCO results), beside the checkpoint (into it where it
 is a folder, to runs/NAME where it is org/NAME on the hub) or into `run_dir` where that is given. The metrics of a run's
 checkpoint are those that the run itself wrote down. Classes of published weights are those of the json that have the
-same name; what else such weights know is left out.
+same name; what else such weights know is left out. `--classes Section-header=title Title=title ...` says which class of
+the checkpoint counts as which of the json, whose names differ; what is not named is left out.
 """
 
 import argparse
 
-from dfine.arguments import open_streams
+from dfine.arguments import fraction, open_streams
 
 
 def arguments() -> argparse.Namespace:
     open_streams()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="best.pt, an ONNX file, published weights, or org/NAME")
+    parser.add_argument(
+        "--checkpoint", required=True, help="best.pt, an ONNX file, published weights, org/NAME, or embedded"
+    )
+    parser.add_argument("--classes", nargs="+", metavar="CLASS=NAME", help="what a class is called in data.val")
+    parser.add_argument(
+        "--dedupe",
+        type=fraction,
+        default=1.0,
+        metavar="IOU",
+        help="drop boxes that overlap a better one by more, as predict does with 0.7 (default: none are dropped)",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.val.images=pages/test")
     return parser.parse_intermixed_args()
 
@@ -36,7 +47,7 @@ from dfine.data.batches import evaluation_loader
 from dfine.data.sources import open_source
 from dfine.distributed import say
 from dfine.files import try_writing, write_whole
-from dfine.inference.evaluation import category_ids, coco_metrics, find, table
+from dfine.inference.evaluation import category_ids, coco_metrics, find, ids_by_name, table
 from dfine.model.detector import DFine
 from dfine.training import engine
 
@@ -60,18 +71,21 @@ def main() -> None:
     device = distributed.start()
     engine.prepare(settings)
     pages = open_source(settings.data.val, "data.val")
-    ids = category_ids(categories, pages.categories, options.checkpoint)
+    if options.classes:
+        ids = ids_by_name(options.classes, categories, pages.categories, options.checkpoint)
+    else:
+        ids = category_ids(categories, pages.categories, options.checkpoint)
     say(pages.summary(settings.model.decoder.queries))
     if None in ids:
         unknown = ", ".join(c["name"] for c, number in zip(categories, ids, strict=True) if number is None)
-        say(f"left out, since data.val does not have them: {unknown}")
+        say(f"left out, since {'--classes' if options.classes else 'data.val'} does not have them: {unknown}")
 
     folder = Path(settings.run_dir)
     distributed.on_main(lambda: try_writing(folder, "run_dir"))
     loader = evaluation_loader(pages, settings)
     if isinstance(model, DFine):
         model.to(device).to(memory_format=torch.channels_last)  # as in training: the same numbers to the last digit
-    detections = find(model, loader, pages, settings.train.bf16, category_ids=ids)
+    detections = find(model, loader, pages, settings.train.bf16, category_ids=ids, dedupe=options.dedupe)
     if distributed.is_main():
         metrics = coco_metrics(pages.ground_truth(), detections)
         say(table(metrics))

@@ -24,6 +24,13 @@ def training(description: str | None) -> argparse.Namespace:
     return parser.parse_intermixed_args()
 
 
+def fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+    return value
+
+
 def page_ranges(numbers: str) -> list[range]:
     """ "1-3,7" -> [range(1, 4), range(7, 8)]; "5-" goes to the end.
 

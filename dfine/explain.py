@@ -15,7 +15,11 @@ from dfine.arguments import open_streams
 def arguments() -> argparse.Namespace:
     open_streams()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="best.pt, published weights, or org/NAME")
+    parser.add_argument(
+        "--checkpoint",
+        default="embedded",
+        help="best.pt, published weights, or org/NAME; without it the weights in the package",
+    )
     parser.add_argument("file", type=Path, metavar="PAGE", help="an image, or a PDF or TIFF")
     parser.add_argument("--out", required=True, type=Path, help="HTML file to write")
     parser.add_argument("--annotations", type=Path, metavar="JSON", help="COCO json with the page")

@@ -3,8 +3,9 @@
     onnx          a file for onnxruntime and others, of any model; what is in it is said below
     transformers  config.json, preprocessor_config.json and model.safetensors, for `DFineForObjectDetection`
     original      model.pth, the weights as the original implementation has them; classes by number
+    ours          a file such as model.pt for all commands here, less than half as large: in bf16 and compressed
 
-PATH is a folder for the last two, and for onnx a file such as model.onnx. The original knows HGNetV2 as a backbone,
+PATH is a folder for transformers and original, else a file. The original knows HGNetV2 as a backbone,
 transformers most of timm's. It takes pages of one size alone: for a model whose pages keep their aspect choose one, by
 data.sizing=squash and, for pages in portrait, data.squash_aspect=1.45 (height / width; transformers 4 needs squares).
 
@@ -41,7 +42,7 @@ def arguments() -> argparse.Namespace:
     open_streams()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="best.pt of a run, published weights, or a name on the hub")
-    parser.add_argument("--format", required=True, choices=("onnx", "transformers", "original"))
+    parser.add_argument("--format", required=True, choices=("onnx", "transformers", "original", "ours"))
     parser.add_argument("--out", required=True, type=Path, help="what to write")
     parser.add_argument("--half", action="store_true", help="onnx: in fp16, but for boxes and ranking; half the file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="how pages are sized, as data.sizing=squash")
@@ -95,6 +96,13 @@ def to_onnx(path: Path, model: DFine, config: Config, categories: list[dict[str,
     print(f"{path}: {size:.1f} MB, {len(categories)} classes, any number of pages, any sides in multiples of {stride}")
 
 
+def to_ours(path: Path, model: DFine, config: Config, categories: list[dict[str, Any]]) -> None:
+    if path.suffix != ".pt":
+        raise ours.CheckpointError(f"{path}: name a file that ends in .pt")
+    ours.save_small(path, ours.weights(config, categories, model))
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {len(categories)} classes")
+
+
 def main() -> None:
     options = arguments()
     model, config, categories = load_model(options.checkpoint)
@@ -105,8 +113,8 @@ def main() -> None:
     if options.format == "onnx":
         to_onnx(options.out, model, config, categories, options.half)
     else:
-        to_folder = {"transformers": to_transformers, "original": to_original}[options.format]
-        to_folder(options.out, model, config, categories)
+        write = {"transformers": to_transformers, "original": to_original, "ours": to_ours}[options.format]
+        write(options.out, model, config, categories)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import argparse
 import os
 from pathlib import Path
 
-from dfine.arguments import open_streams, page_ranges
+from dfine.arguments import fraction, open_streams, page_ranges
 from dfine.inference import DEDUPE, DPI, THRESHOLD
 
 
@@ -20,7 +20,11 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
     open_streams()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", required=True, help="best.pt, an ONNX file, published weights, or org/NAME")
+    add(
+        "--checkpoint",
+        default="embedded",
+        help="best.pt, an ONNX file, published weights, or org/NAME; without it the weights in the package",
+    )
     add("paths", nargs="+", type=Path, metavar="FILE_OR_FOLDER")
     add("--out", required=True, type=Path, help="folder for predictions.json and the pictures")
     add("--resume", action="store_true", help="go on after the pages in predictions.json; give the same options again")
@@ -56,13 +60,6 @@ def arguments(line: list[str] | None = None) -> argparse.Namespace:
     add("--tiles", action="store_true", help="look at pages much longer than wide, or wider than long, in windows")
     add("--fast", action="store_true", help="for many pages: in bf16 where that is faster, and on a GPU compiled")
     return parser.parse_intermixed_args(line)
-
-
-def fraction(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
-    return value
 
 
 def positive(text: str) -> float:

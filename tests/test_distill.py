@@ -278,3 +278,10 @@ def test_a_missing_teacher_is_named(folder: Path, tmp_path: Path) -> None:
 def test_training_alone_does_not_overlook_a_distill_section(folder: Path, tmp_path: Path, override: str) -> None:
     with pytest.raises(ConfigError, match=r"plain\.yaml: distill: train\.py knows no teacher"):
         train(folder / "plain.yaml", tmp_path / "run", override)
+
+
+def test_the_weights_in_the_package_teach(folder: Path, tmp_path: Path) -> None:
+    own = pages(tmp_path / "pages", names=("Text", "Picture"))
+    PAGES = [f"data.{part}.{key}={own[key]}" for part in ("train", "val") for key in ("images", "annotations")]
+    distill(folder, tmp_path / "run", *PAGES, "distill.teacher=embedded", "train.epochs=1")
+    assert "distill_cell_class" in terms(tmp_path / "run")[0]

@@ -1,6 +1,7 @@
 """evaluate.py as users start it."""
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from coco_folder import CATEGORIES, annotation, evaluated, five_pages, image, write
 from processes import at_most
@@ -17,12 +19,13 @@ from scripts import TINY, evaluations, same
 from scripts import pages as coloured
 from scripts import train as run_train
 from tiny import shaken, tiny_model
+from torchvision.ops import box_convert, box_iou
 
 from dfine.checkpoints import ours
 from dfine.config import AugmentConfig, ConfigError, PagesConfig
 from dfine.data.sources import CocoPages
 from dfine.inference import evaluation
-from dfine.inference.evaluation import OFFICIAL, category_ids, table
+from dfine.inference.evaluation import OFFICIAL, category_ids, ids_by_name, table
 from dfine.model import detector
 from dfine.model.detector import DFine
 from dfine.structures import Detections
@@ -221,3 +224,48 @@ def test_a_published_folder_is_evaluated_on_a_json_with_other_ids(
     assert {result["category_id"] for result in results} == {1, 3}
     with pytest.raises(ConfigError, match=r"data\.val: has figure, which .* does not know: List, Text, Table"):
         script("--checkpoint", folder, f"data.val.images={pages.images}", f"data.val.annotations={pages.annotations}")
+
+
+OWN = [{"id": 1, "name": "Text"}, {"id": 2, "name": "Title"}, {"id": 3, "name": "Page-footer"}]
+THEIRS = [{"id": 7, "name": "text"}, {"id": 9, "name": "figure"}]
+
+
+def test_classes_are_named_and_several_may_be_one() -> None:
+    assert ids_by_name(["Title=text", "Text=text"], OWN, THEIRS, "best.pt") == [7, 7, None]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        (["Titel=text"], "--classes Titel=text: best.pt has no class 'Titel', but Text, Title, Page-footer"),
+        (["Title=words"], "--classes Title=words: data.val has no class 'words', but text, figure"),
+        (["Title"], "--classes Title: data.val has no class '', but text, figure"),
+        (["Text=text", "Text=figure"], "--classes Text=figure: Text is there twice"),
+    ],
+)
+def test_pairs_that_cannot_be_meant_are_named(pairs: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        ids_by_name(pairs, OWN, THEIRS, "best.pt")
+
+
+def test_a_model_is_measured_on_pages_of_other_classes(
+    best: Path, pages: PagesConfig, tmp_path: Path, script: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = CATEGORIES[0]["name"]
+    content = json.loads(Path(pages.annotations).read_text())
+    content["categories"] = [{"id": 50, "name": "words"}]
+    content["annotations"] = [a | {"category_id": 50} for a in content["annotations"]]
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    script("--checkpoint", best, f"data.val.annotations={tmp_path / 'other.json'}", "--classes", f"{name}=words")
+    assert "left out, since --classes does not have them:" in capsys.readouterr().out
+    results = json.loads((best.parent / "best.detections.json").read_text())
+    assert {result["category_id"] for result in results} == {50}
+
+
+def test_boxes_over_better_ones_are_dropped_where_one_asks(best: Path, pages: PagesConfig, script: Any) -> None:
+    script("--checkpoint", best, "--dedupe", "0.3")
+    results = json.loads((best.parent / "best.detections.json").read_text())
+    assert 5 <= len(results) < 5 * 24
+    for image_id in {result["image_id"] for result in results}:
+        xywh = torch.tensor([result["bbox"] for result in results if result["image_id"] == image_id])
+        assert box_iou(*[box_convert(xywh, "xywh", "xyxy")] * 2).fill_diagonal_(0).max() <= 0.301  # written in pixels

@@ -270,6 +270,16 @@ def test_the_file_needs_nothing_else_and_takes_any_name(script: Any, tmp_path: P
 
 
 @pytest.mark.skipif(find_spec("pypdfium2") is None, reason="needs the extra `documents`")
+def test_without_a_checkpoint_the_weights_in_the_package_explain(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["explain", str(page), "--out", str(tmp_path / "explain.html")])
+    explain.main()
+    data = data_of(tmp_path / "explain.html")
+    assert data["checkpoint"] == "embedded"
+    assert "Section-header" in data["classes"]
+
+
 def test_a_page_of_a_pdf_is_named_by_its_number(script: Any, tmp_path: Path) -> None:
     write_pdf(tmp_path / "a.pdf", [("/MediaBox [0 0 90 120]", RED)] * 2)
     assert script("--page", "2", file=tmp_path / "a.pdf")["file"] == f"{tmp_path / 'a.pdf'}, page 2"

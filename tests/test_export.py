@@ -78,3 +78,19 @@ def test_a_model_that_the_layout_cannot_express_ends_in_one_line(
     assert str(stopped.value.code).startswith("error: the layout of ")
     assert reason in str(stopped.value.code)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_becomes_a_small_file_of_ours(
+    run: tuple[Path, DFine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(monkeypatch, "--checkpoint", run[0], "--format", "ours", "--out", tmp_path / "small.pt")
+    model, _, categories = load_model(tmp_path / "small.pt")
+    assert [category["name"] for category in categories] == ["text", "title", "list"]
+    expected = run[1].state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=2**-8, atol=0)  # bf16's
+
+
+def test_a_small_file_of_ours_is_named_as_one(run: tuple[Path, DFine], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ours.CheckpointError, match=r"model.bin: name a file that ends in .pt"):
+        start(monkeypatch, "--checkpoint", run[0], "--format", "ours", "--out", "model.bin")

@@ -21,7 +21,8 @@ from tiny import drawn_page, shaken, tiny_config, tiny_model
 from dfine import predict
 from dfine.checkpoints import ours
 from dfine.config import Config, ConfigError, DataConfig
-from dfine.data.sources import CocoPages
+from dfine.data.sources import CocoPages, SyntheticPages
+from dfine.data.synthetic.pages import CLASSES
 from dfine.data.transforms import TURNS, PageError, read_page, turn_boxes
 from dfine.inference import DEDUPE
 from dfine.inference.results import JsonList
@@ -496,3 +497,16 @@ def test_fast_is_passed_on(script: Any, tmp_path: Path, monkeypatch: pytest.Monk
     Image.fromarray(drawn_page()).save(tmp_path / "page.png")
     script(tmp_path / "page.png", *arguments)
     assert asked == [bool(arguments)]
+
+
+def test_without_a_checkpoint_the_weights_in_the_package_find_the_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page, _, boxes = SyntheticPages(1, 3).read(0)  # with this seed it was not trained
+    Image.fromarray(page).save(tmp_path / "page.png")
+    line = ["predict", str(tmp_path / "page.png"), "--out", str(tmp_path / "out"), "--workers", "0"]
+    monkeypatch.setattr("sys.argv", line)
+    assert predict.main() == 0
+    (found,) = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert len(found["detections"]) >= 0.5 * len(boxes)
+    assert {detection["label"] for detection in found["detections"]} <= set(CLASSES)

@@ -1,6 +1,7 @@
 """Checkpoints of any kind: of our runs, of the original implementation, or published in the layout of `transformers`.
 
 Wherever a checkpoint is named it may be
+    embedded                                    the weights in the package, see dfine/weights/README.md
     runs/NAME/best.pt                           a file of a run
     dfine_m_coco.pth                            a file of the original implementation
     DIR                                         a folder with config.json, model.safetensors, preprocessor_config.json
@@ -24,6 +25,8 @@ from dfine.config import Config, ConfigError, ModelConfig, override
 from dfine.model.detector import DFine, class_dependent
 
 FILE_ENDINGS = {".pt", ".pth", ".safetensors"}
+EMBEDDED = "embedded"
+EMBEDDED_FILE = Path(__file__).parents[1] / "weights" / "pages.pt"
 # What a run may set otherwise than the checkpoint that it starts from. Mean and std are compared with the tensors.
 MAY_DIFFER = (*ours.MAY_DIFFER, "model.match_classes", "model.mean", "model.std")
 
@@ -37,12 +40,15 @@ def locate(name: str | Path) -> Path:
     path = Path(name)
     if path.exists():
         return path
+    if str(name) == EMBEDDED:
+        return EMBEDDED_FILE
     if path.suffix in FILE_ENDINGS:
         raise CheckpointError(f"{name}: no such checkpoint")
     if hub.is_name(str(name)):
         return hub.folder(str(name))
     raise CheckpointError(
-        f"{name}: neither a file or folder here nor a name on the Hugging Face hub (org/name or org/name@revision)"
+        f"{name}: neither a file or folder here nor a name on the Hugging Face hub (org/name or org/name@revision) nor "
+        f"{EMBEDDED!r}, the weights in the package"
     )
 
 

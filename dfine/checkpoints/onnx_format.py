@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -57,6 +58,7 @@ def write(path: Path, model: DFine, config: Config, categories: list[dict[str, A
     except ImportError as error:
         raise CheckpointError(INSTALL) from error
     deployed, stride = copy.deepcopy(model).cpu().deploy(), model.strides[-1]
+    fix_padding(deployed)
     pages = torch.tensor([[3 * stride - 1, 4 * stride], [3 * stride, 4 * stride - 1]])  # any: all sizes are symbols
     images = torch.zeros(2, 3, 3 * stride, 4 * stride, dtype=torch.uint8)
     batch, rows, columns = Dim("batch"), Dim("rows"), Dim("columns")
@@ -97,36 +99,19 @@ def write(path: Path, model: DFine, config: Config, categories: list[dict[str, A
         raise CheckpointError(f"{path}: cannot save ({error})") from error
 
 
-def refuse_other_canvases(graph: Any, stride: int) -> None:
-    """Lets a runtime fail, instead of giving other boxes, on canvases and sizes that are not as described above.
+def fix_padding(model: nn.Module) -> None:
+    """Replaces TensorFlow's padding, which depends on a map's size, by what it comes to on pages of whole strides.
 
-    ONNX has no assertion: a Gather looks up what is wrong in a list of one number, which fails unless that is 0.
+    There every map divides by the stride of its convolution. Without this torch derives formulas for the sizes of maps
+    for more than ten minutes.
     """
-    import onnx_ir
-
-    images, sizes = graph.inputs[:2]
-    readers, first, nodes = [*sizes.uses()], graph[0], []
-
-    def constant(name: str, value: Any) -> Any:
-        tensor = onnx_ir.tensor(np.array(value, np.int64), name=name)
-        graph.initializers.add(onnx_ir.val(name, const_value=tensor))
-        return graph.initializers[name]
-
-    def node(kind: str, *inputs: Any, name: str | None = None, **attributes: int) -> Any:
-        nodes.append(onnx_ir.node(kind, inputs, attributes, name=name))
-        return nodes[-1].outputs[0]
-
-    canvas = node("Shape", images, start=2)  # (2,)
-    whole = onnx_ir.DataType.INT64.value
-    beyond = node("Cast", node("Greater", sizes, canvas), to=whole)  # (B, 2)
-    below = node("Cast", node("Less", sizes, constant("one_pixel", 1)), to=whole)
-    wrong = node("Add", node("Add", beyond, below), node("Mod", canvas, constant("last_stride", stride)))
-    said = f"sides of images are no multiples of {stride}, or sizes are not (height, width) within them"
-    zero = node("Gather", constant("nothing_wrong", [0]), node("ReduceMax", wrong, keepdims=0), name=said)
-    checked = node("Add", sizes, zero)
-    for reader, index in readers:
-        reader.replace_input_with(index, checked)
-    graph.insert_before(first, nodes)
+    for name, conv in [*model.named_modules()]:
+        if isinstance(conv, Conv2dSame):
+            needed = [d * (k - 1) + 1 - s for k, s, d in zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)]
+            high, wide = (max(0, pixels) for pixels in needed)
+            conv.__class__ = nn.Conv2d  # type: ignore[assignment]
+            pad = nn.ZeroPad2d((wide // 2, wide - wide // 2, high // 2, high - high // 2))
+            model.set_submodule(name, nn.Sequential(pad, conv))
 
 
 def preprocessing(config: Config, stride: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 (EMA) weights alone. Both kinds carry the config and the categories, so a checkpoint explains itself.
 """
 
+import io
 import os
 import pickle
 import zipfile
@@ -54,6 +55,16 @@ def save(path: Path, content: dict[str, Any], keep: Path | None = None) -> None:
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         beside.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: cannot save ({error}); the checkpoint before it is intact") from error
+
+
+def save_small(path: Path, content: dict[str, Any]) -> None:
+    """Writes what `read` reads in less than half the bytes: matrices and kernels in bf16, all of it compressed."""
+    ema = {name: x.bfloat16() if x.is_floating_point() and x.dim() > 1 else x for name, x in content["ema"].items()}
+    plain = io.BytesIO()
+    torch.save(content | {"ema": ema}, plain)
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as file:
+        for entry in source.namelist():
+            file.writestr(zipfile.ZipInfo(entry), source.read(entry), zipfile.ZIP_DEFLATED)  # without the time of day
 
 
 def read(path: str | Path) -> dict[str, Any]:

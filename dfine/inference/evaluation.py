@@ -12,7 +12,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.ops import box_convert, box_iou
+from torchvision.ops import box_convert, box_iou, nms
 from tqdm import tqdm
 
 from dfine import distributed
@@ -72,6 +72,7 @@ def find(
     bf16: bool = False,
     stop: Callable[[], bool] = lambda: False,
     category_ids: Sequence[int | None] | None = None,
+    dedupe: float = 1.0,
 ) -> list[dict[str, Any]]:
     """COCO results of all processes' pages: up to 300 a page, pages in the order of the json, the best first.
 
@@ -81,6 +82,7 @@ def find(
         batches: this process's share of the pages. bf16: autocast, on a GPU. stop: asked before each batch.
         category_ids: the json's id of each class of the model, None to leave a class out; by default the classes are
             the json's categories in order.
+        dedupe: as for `without_doubles`.
     Returns:
         On the main process image_id, category_id (the json's), bbox (xywh in pixels of the original image) and score;
         an empty list on the others.
@@ -96,7 +98,7 @@ def find(
             break
         found = answer(model, batch.images, batch.sizes, [target.size for target in batch.targets], bf16)
         for target, page in zip(batch.targets, found, strict=True):
-            share[target.image_id] = finite(page, f"image {target.image_id}")
+            share[target.image_id] = without_doubles(finite(page, f"image {target.image_id}"), dedupe)
     everywhere: dict[int, Detections] = {}
     for part in distributed.gather(None if stop() else share):
         if part is None:
@@ -118,6 +120,11 @@ def finite(found: Detections, page: str) -> Detections:
     if not (found.scores.isfinite().all() and found.boxes.isfinite().all()):
         raise FloatingPointError(f"{page}: a detection is not finite")
     return found
+
+
+def without_doubles(found: Detections, dedupe: float) -> Detections:
+    """Of boxes that overlap with more than this IoU only the best, whatever their classes, the best first; 1: all."""
+    return Detections(*(x[nms(found.boxes, found.scores, dedupe)] for x in found))
 
 
 def category_ids(
@@ -142,6 +149,28 @@ def category_ids(
         raise ConfigError(f"{source}: has {', '.join(unknown)}, which {checkpoint} does not know: {listed(names)}")
     ids = {label: category["id"] for category, label in zip(pages, labels, strict=True)}
     return [ids.get(label) for label in range(len(own))]
+
+
+def ids_by_name(
+    classes: Sequence[str], own: list[dict[str, Any]], pages: list[dict[str, Any]], checkpoint: str
+) -> list[int | None]:
+    """As `category_ids`, but people say it: `Title=title`. Several classes may be one of the pages'; None: not named.
+
+    Raises:
+        ConfigError: not such a pair, a name that the one or the other side does not know, or a class named twice.
+    """
+    names, ids = [category["name"] for category in own], {category["name"]: category["id"] for category in pages}
+    chosen: dict[str, int] = {}
+    for pair in classes:
+        name, _, theirs = pair.partition("=")
+        if name not in names:
+            raise ConfigError(f"--classes {pair}: {checkpoint} has no class {name!r}, but {listed(names)}")
+        if theirs not in ids:
+            raise ConfigError(f"--classes {pair}: data.val has no class {theirs!r}, but {listed([*ids])}")
+        if name in chosen:
+            raise ConfigError(f"--classes {pair}: {name} is there twice")
+        chosen[name] = ids[theirs]
+    return [chosen.get(name) for name in names]
 
 
 def coco_results(image_id: int, found: Detections, category_ids: Sequence[int | None]) -> list[dict[str, Any]]:

@@ -11,9 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.ops import nms
 
-from dfine.checkpoints.loading import load_model
+from dfine.checkpoints.loading import EMBEDDED, load_model
 from dfine.checkpoints.onnx_format import OnnxModel, is_onnx
 from dfine.config import ConfigError, DataConfig
 from dfine.data.batches import PageLoader, begin_worker
@@ -21,7 +20,7 @@ from dfine.data.sources import Source
 from dfine.data.transforms import PageError, as_page, model_size, pad, sized
 from dfine.inference import DEDUPE, DPI, THRESHOLD
 from dfine.inference.documents import PageLocation, boxes_in_points, is_one_page, list_pages, read
-from dfine.inference.evaluation import answer, finite
+from dfine.inference.evaluation import answer, finite, without_doubles
 from dfine.inference.pictures import draw, grid, headed
 from dfine.inference.windows import Box, best_seen_here, is_long, windows_of
 from dfine.model.detector import DFine
@@ -104,7 +103,7 @@ class Detector:
             pages: paths of images, PDFs (with the extra `documents`) and folders, PIL images, (H, W, 3) uint8 RGB
                 arrays, or what `list_pages` gives.
             threshold: the least score, from 0 to 1.
-            dedupe: of boxes that overlap with more than this IoU only the best stays, whatever their classes; 1: all.
+            dedupe: as for `without_doubles`.
             batch_size: pages that go through the model together.
             dpi: for PDFs.
             numbers: which pages of PDFs and TIFFs, such as "1-3,7"; empty: all.
@@ -186,8 +185,7 @@ class Detector:
                 kept = (part.scores >= threshold) & best_seen_here(part.boxes, boxes, index)
                 parts.append(Detections(*(x[kept] for x in part)))
             found = Detections(*(torch.cat(x) for x in zip(*parts, strict=True)))
-            found = Detections(*(x[nms(found.boxes, found.scores, dedupe)] for x in found))  # the best first
-            yield self._named(page, found)
+            yield self._named(page, without_doubles(found, dedupe))
 
     def _named(self, page: "Prepared", found: Detections) -> PageResult:
         classes, boxes = found.labels.numpy(), found.boxes.double().numpy()
@@ -197,13 +195,14 @@ class Detector:
         return PageResult(names, found.scores.double().numpy(), boxes, classes, page.size, file, number, points)
 
 
-def load(checkpoint: str | Path, device: str | torch.device | None = None, fast: bool = False) -> Detector:
+def load(checkpoint: str | Path = EMBEDDED, device: str | torch.device | None = None, fast: bool = False) -> Detector:
     """A detector from a checkpoint: `detector = dfine.load("runs/quickstart/best.pt")`.
 
     Args:
-        checkpoint: best.pt or last.pt of a run, a .pth of the original, or published weights: a folder, a file, or a
-            name on the Hugging Face hub such as "docling-project/docling-layout-egret-medium"; or an ONNX file of
-            `python -m dfine.export`, which runs without torch's model.
+        checkpoint: "embedded", the weights in the package; best.pt or last.pt of a run; a .pth of the original;
+            published weights: a folder, a file, or a name on the Hugging Face hub such as
+            "docling-project/docling-layout-egret-medium"; or an ONNX file of `python -m dfine.export`, which runs
+            without torch's model.
         device: such as "cuda"; None: a GPU if there is one.
         fast: for many pages: in half precision, unless a CPU is slower with it, and on a GPU compiled (see `deploy`).
             Not for an ONNX file.

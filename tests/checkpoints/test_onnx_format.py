@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 from scripts import pages as coloured
+from timm.layers import Conv2dSame
 from tiny import drawn_page, shaken, tiny_config, tiny_model
-from torch import Tensor
+from torch import Tensor, nn
 
 import dfine
 import evaluate
@@ -359,3 +360,14 @@ def test_models_of_real_size_agree_with_their_files(name: str, tmp_path: Path) -
             (expected,) = answer(whole, images, sizes, [size])
         (found,) = runtime(images, sizes, [size])
         check(found, expected)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 2), (5, 2), (2, 2), (3, 1)])
+def test_padding_that_depends_on_the_size_is_the_same_once_it_is_fixed(kernel: int, stride: int):
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv2dSame(2, 3, kernel, stride), nn.Conv2d(3, 3, 3))
+    pages = torch.randn(1, 2, 8, 12)
+    expected = model(pages)
+    onnx_format.fix_padding(model)
+    assert not any(isinstance(module, Conv2dSame) for module in model.modules())
+    assert model(pages).equal(expected)

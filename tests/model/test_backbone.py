@@ -7,6 +7,7 @@ import huggingface_hub.constants
 import pytest
 import timm
 import torch
+from tiny import shaken
 
 from dfine.config import BackboneConfig, ConfigError
 from dfine.model.backbone import Backbone
@@ -148,6 +149,43 @@ def test_an_unknown_name_is_answered_with_similar_ones(name: str, proposed: str)
 def test_an_unknown_tag_is_answered_with_the_known_ones(pretrained: bool):
     with pytest.raises(ConfigError, match=r"no 'convnext_atto\.in99k'; known: convnext_atto\.d2_in1k"):
         Backbone(BackboneConfig(name="convnext_atto.in99k", pretrained=pretrained), (8, 16, 32))
+
+
+def test_weights_of_another_implementation_are_taken_in_order_and_it_says_so(tmp_path: Path):
+    model = shaken(timm.create_model("test_convnext"))
+    torch.save(
+        {f"_own.{i}.{n.rpartition('.')[2]}": x for i, (n, x) in enumerate(model.state_dict().items())},
+        tmp_path / "w.pth",
+    )
+    config = BackboneConfig(name="test_convnext", weights=str(tmp_path / "w.pth"))
+    with pytest.warns(UserWarning, match=r"w.pth: none of its names are timm's; its \d+ tensors fit in order"):
+        backbone = Backbone(config, (8, 16, 32))
+    assert backbone.body.state_dict()["stem_0.weight"].equal(model.state_dict()["stem.0.weight"])
+
+
+def test_weights_in_another_order_are_refused(tmp_path: Path):
+    state = timm.create_model("test_convnext").state_dict()
+    torch.save({f"_own.{name}": x for name, x in reversed(state.items())}, tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match=r"model.backbone.weights: cannot load .*w.pth"):
+        Backbone(BackboneConfig(name="test_convnext", weights=str(tmp_path / "w.pth")), (8, 16, 32))
+
+
+def test_weights_can_lie_in_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "made_up_weights" / "files").mkdir(parents=True)
+    model = shaken(timm.create_model("test_convnext"))
+    torch.save(model.state_dict(), tmp_path / "made_up_weights" / "files" / "w.pth")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    backbone = Backbone(
+        BackboneConfig(name="test_convnext", weights="package:made_up_weights/files/w.pth"), (8, 16, 32)
+    )
+    assert backbone.body.state_dict()["stem_0.weight"].equal(model.state_dict()["stem.0.weight"])
+
+
+def test_a_package_that_is_not_installed_is_named():
+    with pytest.raises(
+        ConfigError, match=r"the package of package:no_such_weights/w.pth is not installed .*'no_such_weights'"
+    ):
+        Backbone(BackboneConfig(name="test_convnext", weights="package:no_such_weights/w.pth"), (8, 16, 32))
 
 
 def test_weights_that_cannot_be_fetched_are_named_with_the_file_to_fetch_and_the_key(
