@@ -12,7 +12,8 @@ data.sizing=squash and, for pages in portrait, data.squash_aspect=1.45 (height /
 An ONNX file has
 
     in   images     (B, 3, H, W) uint8 RGB; H and W are multiples of the last stride (32), padding is 0, right and below
-         sizes      (B, 2) int64: valid height, width of each page on that canvas
+                   on other canvases runtimes fail, at a node whose name says why
+         sizes      (B, 2) int64: valid height, width of each page on that canvas; runtimes fail where they exceed it
          originals  (B, 2) int64: height, width that boxes are wanted in, such as those of the scans
     out  scores     (B, K) float32 from 0 to 1, the best first; K is 300 unless queries times classes are fewer
          labels     (B, K) int64, indices into `categories`
