@@ -99,6 +99,38 @@ def write(path: Path, model: DFine, config: Config, categories: list[dict[str, A
         raise CheckpointError(f"{path}: cannot save ({error})") from error
 
 
+def refuse_other_canvases(graph: Any, stride: int) -> None:
+    """Lets a runtime fail, instead of giving other boxes, on canvases and sizes that are not as described.
+
+    ONNX has no assertion: a Gather looks up what is wrong in a list of one number, which fails unless that is 0.
+    """
+    import onnx_ir
+
+    images, sizes = graph.inputs[:2]
+    readers, first, nodes = [*sizes.uses()], graph[0], []
+
+    def constant(name: str, value: Any) -> Any:
+        tensor = onnx_ir.tensor(np.array(value, np.int64), name=name)
+        graph.initializers.add(onnx_ir.val(name, const_value=tensor))
+        return graph.initializers[name]
+
+    def node(kind: str, *inputs: Any, name: str | None = None, **attributes: int) -> Any:
+        nodes.append(onnx_ir.node(kind, inputs, attributes, name=name))
+        return nodes[-1].outputs[0]
+
+    canvas = node("Shape", images, start=2)  # (2,)
+    whole = onnx_ir.DataType.INT64.value
+    beyond = node("Cast", node("Greater", sizes, canvas), to=whole)  # (B, 2)
+    below = node("Cast", node("Less", sizes, constant("one_pixel", 1)), to=whole)
+    wrong = node("Add", node("Add", beyond, below), node("Mod", canvas, constant("last_stride", stride)))
+    said = f"sides of images are no multiples of {stride}, or sizes are not (height, width) within them"
+    zero = node("Gather", constant("nothing_wrong", [0]), node("ReduceMax", wrong, keepdims=0), name=said)
+    checked = node("Add", sizes, zero)
+    for reader, index in readers:
+        reader.replace_input_with(index, checked)
+    graph.insert_before(first, nodes)
+
+
 def fix_padding(model: nn.Module) -> None:
     """Replaces TensorFlow's padding, which depends on a map's size, by what it comes to on pages of whole strides.
 
