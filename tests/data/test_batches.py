@@ -23,9 +23,9 @@ from dfine.data.batches import (
     PageLoader,
     TrainBatches,
     WorkerError,
+    begin_worker,
     evaluation_batches,
     evaluation_loader,
-    leave_signals_to_the_main_process,
     make_room,
     open_files,
     train_loader,
@@ -175,9 +175,7 @@ class Long(Dataset):
 
 
 def reads_one_page_and_waits(folder: Path) -> None:
-    pages = PageLoader(
-        Long(), str, sampler=range(9), batch_size=None, num_workers=1, worker_init_fn=leave_signals_to_the_main_process
-    )
+    pages = PageLoader(Long(), str, sampler=range(9), batch_size=None, num_workers=1, worker_init_fn=begin_worker)
     for _ in pages:
         (folder / "read").touch()
         time.sleep(100)

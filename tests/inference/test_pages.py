@@ -28,7 +28,7 @@ from dfine.data.sources import SyntheticPages
 from dfine.data.transforms import PageError, fit, pad, resize
 from dfine.inference import DEDUPE
 from dfine.inference.documents import list_pages
-from dfine.inference.pages import Detector, beside_truth
+from dfine.inference.pages import Detector, as_it_is, beside_truth
 from dfine.inference.pictures import draw
 from dfine.model.detector import DFine, detect
 
@@ -262,7 +262,7 @@ def test_opencvs_threads_are_another_programs_too_and_only_workers_do_without() 
     said = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True).stdout
     assert said == "3\n"
     cv2.setNumThreads(3)
-    loader: Any = PageLoader(Threads(), batch_size=None, num_workers=1, worker_init_fn=begin_worker)
+    loader: Any = PageLoader(Threads(), as_it_is, batch_size=None, num_workers=1, worker_init_fn=begin_worker)
     assert list(loader) == [1]
 
 
