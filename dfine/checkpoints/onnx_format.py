@@ -34,12 +34,12 @@ INSTALL = "ONNX needs the extra `export`: pip install 'dfine[export]'"
 class Exported(nn.Module):
     """A deployed model and `detect` as one function of tensors."""
 
-    def __init__(self, model: DFine, half: bool) -> None:
+    def __init__(self, model: DFine, fp16: bool) -> None:
         super().__init__()
-        self.model, self.half = model, half
+        self.model, self.fp16 = model, fp16
 
     def forward(self, images: Tensor, sizes: Tensor, originals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.autocast("cpu", torch.float16, enabled=self.half):
+        with torch.autocast("cpu", torch.float16, enabled=self.fp16):
             scores, labels, boxes = ranked(self.model(images, sizes), top=300)
         return scores, labels, boxes * originals.flip(-1).repeat(1, 2).to(boxes.dtype)[:, None]
 

@@ -142,7 +142,7 @@ def supervise(
     teacher = refined.edge_logits[-1].detach()
     kl = kl_of_edges((teacher / config.temperature).softmax(-1), refined.edge_logits[:-1], config.temperature)
     matched = torch.zeros(kl.shape[1:], dtype=torch.bool, device=kl.device)  # (B, Q)
-    matched[at[1:]] = True
+    matched.index_put_(at[1:], matched.new_ones(()))  # `= True` would wait for the GPU up to torch 2.14
     weight = refined.logits[-1].detach().sigmoid().amax(-1).repeat(len(kl), 1, 1)  # (L - 1, B, Q)
     weight[at] = pair_ious[: len(kl)]
     return {

@@ -216,6 +216,8 @@ def test_folders_are_searched_and_their_folders_are_no_images(tmp_path: Path) ->
 @pytest.mark.parametrize("kind", [{}, {"format": "GIF"}, {"format": "JPEG2000"}, {"format": "AVIF"}, {"format": "TGA"}])
 def test_folders_have_what_is_read_by_name_whatever_its_ending(tmp_path: Path, kind: dict[str, str]) -> None:
     Image.init()
+    if kind and kind["format"] not in Image.SAVE:
+        pytest.skip(f"this Pillow does not write {kind['format']}")
     ending = {"": "jfif", "GIF": "gif", "JPEG2000": "jp2", "AVIF": "avif", "TGA": "tga"}[kind.get("format", "")]
     Image.fromarray(drawn_page()).save(tmp_path / f"a.{ending}", **kind)
     (tmp_path / "b.h5").write_bytes(b"\x89HDF\r\n\x1a\n")  # Pillow knows it, and cannot read it
