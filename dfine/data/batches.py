@@ -303,9 +303,7 @@ class Packed(NamedTuple):
     images: Tensor  # (B, 3, H, W) uint8
     labels: Tensor  # (sum T,) of all pages
     boxes: Tensor  # (sum T, 4)
-    pages: list[
-        tuple[tuple[int, int], int, int, tuple[int, int]]
-    ]  # valid size, number of boxes, `Target`'s id and size
+    pages: list[tuple[Any, ...]]  # of each: valid size, number of boxes, `Target`'s id and size
     errors: list[PageError]
 
     def batch(self) -> Batch:

@@ -621,6 +621,17 @@ def test_the_recorded_answers_are_those_of_the_installed_transformers(folder: Pa
     check(their_answers(folder, noise(96, 160)), (torch.tensor(expected["logits"]), torch.tensor(expected["boxes"])))
 
 
+def in_both_directions(theirs: Path, pages: Tensor) -> str:
+    """Reads a folder, writes it back, and checks that all three answer alike; how far they are apart, for people."""
+    model, config, classes = load_model(theirs)
+    transformers_format.write(theirs.parent / "ours", model, config, classes)
+    got, expected = answers(model, pages), their_answers(theirs, pages)
+    check(got, expected)
+    check(got, their_answers(theirs.parent / "ours", pages))
+    logits, boxes = ((a - b).abs().max().item() for a, b in zip(got, expected, strict=True))
+    return f"logits {logits:.1e} of {got[0].abs().max():.1f}, boxes {boxes:.1e}"
+
+
 @needs_transformers
 @pytest.mark.parametrize("size", SHAPES)
 def test_a_random_model_answers_alike_here_and_there_in_both_directions(
@@ -630,29 +641,15 @@ def test_a_random_model_answers_alike_here_and_there_in_both_directions(
     if size not in request.config.getoption("--sizes"):
         pytest.skip("takes half a minute: pytest --sizes nsmlx")
     theirs = publish_size(tmp_path / "theirs", size, [f"class {i}" for i in range({"n": 80, "x": 366}.get(size, 17))])
-    pages = noise(*SHAPES[size])[:1]
-    model, config, classes = load_model(theirs)
-    transformers_format.write(tmp_path / "ours", model, config, classes)
-    got = answers(model, pages)
-    check(got, their_answers(theirs, pages))
-    check(got, their_answers(tmp_path / "ours", pages))
-    report = [(a - b).abs().max().item() for a, b in zip(got, their_answers(theirs, pages), strict=True)]
     stored = len(load_file(theirs / "model.safetensors"))
-    print(f"{size}: {stored} tensors; logits {report[0]:.1e} of {got[0].abs().max():.1f}, boxes {report[1]:.1e}")
+    print(f"{size}: {stored} tensors; {in_both_directions(theirs, noise(*SHAPES[size])[:1])}")
 
 
 @needs_transformers
 @pytest.mark.parametrize("name", ["convnext_atto", "convnext_tiny", "resnet18"])
 def test_a_random_model_on_timm_answers_alike_here_and_there_in_both_directions(name: str, tmp_path: Path) -> None:
     theirs = publish_size(tmp_path / "theirs", name, [f"class {i}" for i in range(7)])
-    pages = noise(128, 192)[:1]
-    model, config, classes = load_model(theirs)
-    transformers_format.write(tmp_path / "ours", model, config, classes)
-    got = answers(model, pages)
-    check(got, their_answers(theirs, pages))
-    check(got, their_answers(tmp_path / "ours", pages))
-    report = [(a - b).abs().max().item() for a, b in zip(got, their_answers(theirs, pages), strict=True)]
-    print(f"{name}: logits {report[0]:.1e} of {got[0].abs().max():.1f}, boxes {report[1]:.1e}")
+    print(f"{name}: {in_both_directions(theirs, noise(128, 192)[:1])}")
 
 
 @needs_transformers

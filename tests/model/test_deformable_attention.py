@@ -7,7 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfine.model.deformable_attention import DeformableAttention, by_embedding_bag, by_grid_sample, deformable_attention
+from dfine.model.deformable_attention import (
+    DeformableAttention,
+    by_embedding_bag,
+    by_gather,
+    by_grid_sample,
+    deformable_attention,
+)
 
 ROW = torch.tensor([10.0, 20.0, 40.0], dtype=torch.float64)  # a map of one row and three cells
 
@@ -80,7 +86,7 @@ def slow(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weight
     return out.flatten(2)
 
 
-@pytest.mark.parametrize("form", [by_embedding_bag, by_grid_sample])
+@pytest.mark.parametrize("form", [by_embedding_bag, by_gather, by_grid_sample])
 def test_it_is_what_a_loop_over_points_and_cells_gives(form: Callable[..., Tensor]):
     torch.manual_seed(0)
     shapes, points = [(5, 3), (2, 4)], (2, 3)
