@@ -92,8 +92,8 @@ from PIL.PngImagePlugin import PngInfo
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from dfine.data.batches import PageLoader, begin_worker, make_room
 from dfine.data.transforms import PageError
+from dfine.data.workers import PageLoader, make_room
 from dfine.files import lock, write_whole
 from dfine.inference.documents import MARK, PageLocation, list_pages, read
 from dfine.inference.pages import Detector, PageResult, as_it_is, load
@@ -154,7 +154,6 @@ def predict(
         batch_size=None,
         num_workers=0 if options.pictures == "none" else options.workers,
         collate_fn=as_it_is,
-        worker_init_fn=begin_worker,
     )
     for entry, error in tqdm(drawn, "predicting", total=len(locations), unit="page"):
         results.append(entry)

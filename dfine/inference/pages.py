@@ -15,9 +15,9 @@ from torch.utils.data import Dataset
 from dfine.checkpoints.loading import EMBEDDED, load_model
 from dfine.checkpoints.onnx_format import OnnxModel, is_onnx
 from dfine.config import ConfigError, DataConfig
-from dfine.data.batches import PageLoader, begin_worker
 from dfine.data.sources import Source
 from dfine.data.transforms import PageError, as_page, model_size, pad, sized
+from dfine.data.workers import PageLoader
 from dfine.inference import DEDUPE, DPI, THRESHOLD
 from dfine.inference.documents import PageLocation, boxes_in_points, is_one_page, list_pages, read
 from dfine.inference.evaluation import answer, finite, without_doubles
@@ -129,7 +129,6 @@ class Detector:
             batch_size=None,
             num_workers=workers,
             collate_fn=as_it_is,
-            worker_init_fn=begin_worker,
         )
         return self._stream(loader, threshold, dedupe, batch_size, on_error)
 

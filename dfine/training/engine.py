@@ -13,8 +13,9 @@ from dfine.boxes import multiplies_bf16
 from dfine.checkpoints.loading import initialise
 from dfine.checkpoints.ours import bare_model
 from dfine.config import Config, ConfigError, TrainConfig
-from dfine.data.batches import TrainBatches, evaluation_loader, make_room, train_loader
+from dfine.data.batches import TrainBatches, evaluation_loader, train_loader
 from dfine.data.sources import Source, open_source
+from dfine.data.workers import make_room
 from dfine.distributed import say
 from dfine.model.deploy import compile_parts
 from dfine.model.detector import DFine

@@ -24,8 +24,8 @@ from dfine import distributed
 from dfine.checkpoints import ours
 from dfine.checkpoints.ours import CheckpointError
 from dfine.config import Config, ConfigError
-from dfine.data.batches import WorkerError
 from dfine.data.transforms import PageError
+from dfine.data.workers import WorkerError
 from dfine.distributed import say
 from dfine.files import lock
 from dfine.inference.evaluation import Stopped, evaluate, table

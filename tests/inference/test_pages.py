@@ -23,9 +23,9 @@ from torchvision.ops import box_iou
 import dfine
 from dfine.checkpoints import ours
 from dfine.config import Config, DataConfig
-from dfine.data.batches import PageLoader, begin_worker
 from dfine.data.sources import SyntheticPages
 from dfine.data.transforms import PageError, fit, pad, resize
+from dfine.data.workers import PageLoader
 from dfine.inference import DEDUPE
 from dfine.inference.documents import list_pages
 from dfine.inference.pages import Detector, as_it_is, beside_truth
@@ -262,7 +262,7 @@ def test_opencvs_threads_are_another_programs_too_and_only_workers_do_without() 
     said = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True).stdout
     assert said == "3\n"
     cv2.setNumThreads(3)
-    loader: Any = PageLoader(Threads(), as_it_is, batch_size=None, num_workers=1, worker_init_fn=begin_worker)
+    loader: Any = PageLoader(Threads(), as_it_is, batch_size=None, num_workers=1)
     assert list(loader) == [1]
 
 

@@ -20,9 +20,10 @@ from scripts import evaluations, pages, same, state, train
 from dfine import distributed
 from dfine.checkpoints import ours
 from dfine.config import ConfigError, DataConfig
-from dfine.data.batches import TrainBatches, WorkerError
+from dfine.data.batches import TrainBatches
 from dfine.data.sources import CocoPages
 from dfine.data.transforms import PageError
+from dfine.data.workers import WorkerError
 from dfine.files import lock
 from dfine.inference import evaluation
 from dfine.model.detector import DFine
