@@ -29,7 +29,7 @@ from dfine.losses.distillation import (
 from dfine.model.denoising import freshly_noised
 from dfine.training import engine
 from dfine.training.metrics import finite_means
-from dfine.training.optim import learning_rate, set_learning_rate
+from dfine.training.optim import average_decay, learning_rate, set_learning_rate
 from dfine.training.run import Run
 from dfine.training.saved import resumes
 
@@ -63,7 +63,7 @@ def main() -> None:
         for batch in batches:
             noised = freshly_noised(batch.targets, model.classes, settings.model.denoising)
             weights = active(settings.distill, run.epoch)
-            with engine.autocast(device, settings.train):
+            with engine.autocast(device, settings.train), engine.exchange(batch is batches[-1], replica, projected):
                 taught = teacher_forward(teacher, batch, noised, weights)
                 output = student_forward(replica, projected, batch, noised, taught, weights)
             judged = on_labelled_pages(output, batch.targets) if settings.distill.alpha else output
@@ -85,7 +85,8 @@ def main() -> None:
         set_learning_rate(run.optimizer, rate)
         run.optimizer.step()
         run.optimizer.zero_grad()
-        run.ema.update(model, run.step)
+        run.ema.decay = average_decay(run.step, settings.train)
+        run.ema.update(model)
 
         values |= {"learning_rate": rate, "learning_rate_backbone": rate * settings.train.backbone_factor}
         run.step_done(values)

@@ -14,7 +14,7 @@ from dfine.losses.criterion import criterion, scheduled, total
 from dfine.model.denoising import freshly_noised
 from dfine.training import engine
 from dfine.training.metrics import finite_means
-from dfine.training.optim import learning_rate, set_learning_rate
+from dfine.training.optim import average_decay, learning_rate, set_learning_rate
 from dfine.training.run import Run
 from dfine.training.saved import resumes
 
@@ -42,7 +42,7 @@ def main() -> None:
         losses_of = []
         for batch in batches:
             noised = freshly_noised(batch.targets, model.classes, settings.model.denoising)
-            with engine.autocast(device, settings.train):
+            with engine.autocast(device, settings.train), engine.exchange(batch is batches[-1], replica):
                 output = replica(batch.images, batch.sizes, noised)
             losses = criterion(output, batch.targets, model.decoder.w, scheduled(settings.loss, run.epoch))
             loss = total(losses)
@@ -57,7 +57,8 @@ def main() -> None:
         set_learning_rate(run.optimizer, rate)
         run.optimizer.step()
         run.optimizer.zero_grad()
-        run.ema.update(model, run.step)
+        run.ema.decay = average_decay(run.step, settings.train)
+        run.ema.update(model)
 
         values |= {"learning_rate": rate, "learning_rate_backbone": rate * settings.train.backbone_factor}
         run.step_done(values)

@@ -130,7 +130,7 @@ def test_a_run_goes_on_with_fewer_terms_and_the_means_are_over_the_steps_that_ha
     whole = Run.step_done
 
     def step_done(run: Run, values: dict[str, float]) -> None:
-        run.signalled = run.step == 1
+        run.stop.told = run.step == 1
         whole(run, values)
 
     monkeypatch.setattr(Run, "step_done", step_done)

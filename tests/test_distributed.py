@@ -10,6 +10,9 @@ import torch
 import torch.distributed as dist
 from processes import ends, launch
 from tiny import freeze_batch_norms, noised, random_boxes, shaken, target, tiny_config, tiny_model
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from dfine import distributed
 from dfine.config import BackboneConfig, DenoisingConfig, LossConfig, TrainConfig
@@ -63,6 +66,50 @@ def test_a_global_batch_has_the_same_gradients_on_one_and_on_two_processes(
     one, two = torch.load(tmp_path / "one"), torch.load(tmp_path / "two")
     assert max(gradient.abs().max() for gradient in one.values()) > 0.5
     assert max((two[name] - gradient).abs().max() for name, gradient in one.items()) < 1e-5
+
+
+def exchanges_of_a_step_of_two_batches(folder: Path) -> None:
+    device = distributed.start()
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    replica, count = engine.replicated(model), 0
+    assert isinstance(replica, DistributedDataParallel)
+
+    def counted(group: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        nonlocal count
+        count += 1
+        return allreduce_hook(group, bucket)
+
+    replica.register_comm_hook(None, counted)
+    pages = [torch.tensor([page]) * 3 ** distributed.rank() for page in ([1.0, 2.0], [4.0, 8.0])]
+    for page in pages:
+        with engine.autocast(device, TrainConfig()), engine.exchange(page is pages[-1], replica):
+            output = replica(page)
+        output.sum().backward()
+    torch.save((count, model.weight.grad), folder / str(distributed.rank()))
+    distributed.finish()
+
+
+def test_processes_exchange_gradients_once_a_step_however_many_batches_it_has(tmp_path: Path) -> None:
+    assert ends(launch(exchanges_of_a_step_of_two_batches, tmp_path)) == [0, 0]
+    for rank in "01":
+        count, gradient = torch.load(tmp_path / rank)
+        assert count == 1
+        assert gradient.tolist() == [[10.0, 20.0]]  # 1 + 4 of the one, three times that of the other: the mean
+
+
+def losses_of_a_rank(folder: Path) -> None:
+    distributed.start()
+    batch = Batch(torch.zeros(1, 3, 32, 32), torch.tensor([[32, 32]]), [target([])])
+    loss = {"vfl": torch.tensor(1.0 + 2 * distributed.rank())}
+    values = finite_means(3, [batch], [loss], torch.tensor(5.0))
+    (folder / str(distributed.rank())).write_text(f"{values}")
+    distributed.finish()
+
+
+def test_logged_losses_are_means_over_the_processes(tmp_path: Path) -> None:
+    assert ends(launch(losses_of_a_rank, tmp_path)) == [0, 0]
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["{'vfl': 2.0, 'gradient_norm': 5.0}"] * 2
 
 
 def test_ddp_waits_for_no_gradient_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 from processes import ends, launch
 from scripts import ROOT, TINY, evaluations, finish, pages, same, start, state, train
+from timm.utils import ModelEmaV3
 from torch import nn
 
 import evaluate as evaluate_script
@@ -161,7 +162,7 @@ class Steps(NamedTuple):
     gradients: list[list[float | None]]
     rates: list[list[float]]
     training: list[tuple[bool, bool]]  # the model, its backbone
-    averaged: list[int]
+    averaged: list[float]  # with which decay
     values: list[dict[str, float]]
 
 
@@ -188,7 +189,7 @@ def steps(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
         monkeypatch.setattr(optim, "class_dependent", lambda _: [])
         monkeypatch.setattr(Run, "evaluate", lambda self: setattr(self, "evaluated", self.step))
         monkeypatch.setattr(Run, "step_done", lambda run, values: (seen.values.append(values), whole(run, values)))
-        monkeypatch.setattr(optim.ModelEmaV3, "update", lambda self, model, step: seen.averaged.append(step))
+        monkeypatch.setattr(ModelEmaV3, "update", lambda self, model: seen.averaged.append(self.decay))
         count = len(losses)
         train(config, tmp_path / "run", "data.batch_size=1", "train.clip=1e9", f"train.max_steps={count}", *arguments)
         return seen
@@ -214,7 +215,7 @@ def test_gradients_are_clipped_and_what_is_logged_is_their_norm_before(steps: Ca
 def test_every_step_starts_from_no_gradient_and_is_averaged(steps: Callable[..., Steps]) -> None:
     seen = steps([1.0, 1.0])
     assert seen.gradients == [pytest.approx([1.0] * 3)] * 2
-    assert seen.averaged == [0, 1]
+    assert seen.averaged == [optim.average_decay(step, TrainConfig()) for step in range(2)]
 
 
 def test_a_frozen_backbone_gets_no_gradient_and_keeps_its_statistics(steps: Callable[..., Steps]) -> None:

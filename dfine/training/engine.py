@@ -1,5 +1,7 @@
 """What stands before the first step: pages, model, processes."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -116,6 +118,19 @@ def replicated(module: nn.Module) -> nn.Module:
     if distributed.world_size() == 1 or not list(module.parameters()):
         return module
     return DistributedDataParallel(module, gradient_as_bucket_view=True)
+
+
+@contextmanager
+def exchange(now: bool, *replicas: nn.Module) -> Iterator[None]:
+    """Whether gradients of what is computed within are averaged over the processes in their backward pass, or added up.
+
+    Of the batches of one step the last one's exchange is enough: it has the gradients of all.
+    """
+    with ExitStack() as stack:
+        for replica in replicas:
+            if not now and isinstance(replica, DistributedDataParallel):
+                stack.enter_context(replica.no_sync())
+        yield
 
 
 def in_bf16(device: torch.device, config: TrainConfig) -> bool:

@@ -1,6 +1,7 @@
 """The values of a step, and metrics.jsonl: a line for each evaluation, with the means of the steps since the last."""
 
 import json
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +15,49 @@ from dfine.structures import Batch
 
 
 def finite_means(step: int, batches: list[Batch], losses: list[dict[str, Tensor]], norm: Tensor) -> dict[str, float]:
-    """The mean of every loss over the batches of a step, and the gradient norm; copied from a GPU at once.
+    """The mean of every loss over the batches of a step and over the processes, and the gradient norm; one copy.
 
     Args:
         losses: of each batch, the same names in each; a tensor of several numbers counts as their sum.
     Raises:
-        FloatingPointError: one is not finite; names it, the step and the image ids. A gradient norm that is not finite
-            is so in every process: all of them name what the processes saw whose losses are not finite.
+        FloatingPointError: in every process, one is not finite in any; names it, the step, and the image ids of the
+            processes whose losses are not finite (of all, where only the gradient norm is not).
     """
     means = {name: torch.stack([each[name].detach().sum() for each in losses]).mean() for name in losses[0]}
-    values = dict(zip([*means, "gradient_norm"], torch.stack([*means.values(), norm]).tolist(), strict=True))
-    wrong = [name for name, value in values.items() if not np.isfinite(value)]
-    if wrong:
+    own = torch.stack([*means.values(), norm])
+    everywhere = distributed.sum_over_processes(own) / distributed.world_size()
+    values = dict(zip([*means, "gradient_norm"], everywhere.tolist(), strict=True))
+    if not all(map(np.isfinite, values.values())):
+        wrong = [name for name, value in zip(values, own.tolist(), strict=True) if not np.isfinite(value)]
         pages = [target.image_id for batch in batches for target in batch.targets]
-        everywhere = distributed.gather((wrong, pages)) if "gradient_norm" in wrong else [(wrong, pages)]
-        theirs = [seen for seen in everywhere if seen[0] != ["gradient_norm"]] or everywhere
+        seen = distributed.gather((wrong, pages))
+        theirs = [each for each in seen if set(each[0]) - {"gradient_norm"}] or seen
         wrong = [name for name in values if any(name in names for names, _ in theirs)]
-        pages = [page for _, seen in theirs for page in seen]
+        pages = [page for _, pages in theirs for page in pages]
         raise FloatingPointError(f"step {step}: not finite: {', '.join(wrong)}; image ids {pages}")
     return values
+
+
+class Pace:
+    """Notices that steps on a CPU take three times as long as they did: libgomp's threads wait for one another, so one
+    busy program beside two threads costs far more than its share.
+    """
+
+    def __init__(self) -> None:
+        self.recent, self.best, self.said = deque[float](maxlen=10), float("inf"), False
+
+    def slower(self, seconds: float) -> str | None:
+        """Takes the time of a step; what to say, once, if the last ten were slow."""
+        self.recent.append(seconds)
+        if len(self.recent) < 10 or self.said:
+            return None
+        mean = sum(self.recent) / 10
+        self.best = min(self.best, mean)
+        if mean <= 3 * self.best:
+            return None
+        self.said = True
+        advice = "; train.threads=1 (with --resume) loses less to them" if torch.get_num_threads() > 1 else ""
+        return f"a step takes {mean:.2g} s, at first it took {self.best:.2g}: other programs hold the cores{advice}"
 
 
 def append(path: Path, line: dict[str, Any]) -> None:

@@ -1,11 +1,10 @@
-"""Parameter groups, optimizers, the learning-rate schedule, and the averaged weights."""
+"""Parameter groups, optimizers, the learning-rate schedule, and that of the averaged weights."""
 
 import math
 from typing import Any
 
 import torch
 from timm.optim import muon
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn, optim
 
 from dfine.boxes import multiplies_bf16
@@ -122,9 +121,10 @@ def set_learning_rate(optimizer: optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["factor"]
 
 
-def average(model: nn.Module, config: TrainConfig) -> ModelEmaV3:
-    """Exponential moving average of weights and buffers.
+def average_decay(step: int, config: TrainConfig) -> float:
+    """The decay of the weights' moving average, which forgets faster while it is young; the original's ramp.
 
-    While young it forgets faster: its decay in step n = 0, 1, ... is 1 - n^-0.75 (0 before n = 2), up to `ema_decay`.
+    Args:
+        step: optimizer steps done before this one, from 0.
     """
-    return ModelEmaV3(model, decay=config.ema_decay, use_warmup=True, warmup_power=0.75)
+    return config.ema_decay * (1 - math.exp(-(step + 1) / config.ema_warmup))

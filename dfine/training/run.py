@@ -2,12 +2,8 @@
 
 import os
 import shlex
-import signal
-import socket
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +11,7 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -35,6 +32,7 @@ from dfine.model.detector import DFine
 from dfine.structures import Batch
 from dfine.training import metrics, optim, saved
 from dfine.training.engine import Data
+from dfine.training.stop import Stop
 
 
 class Run:
@@ -46,8 +44,6 @@ class Run:
     """
 
     LOG_EVERY = 10  # steps between points in TensorBoard
-    REPEATS = 5.0  # seconds in which another Ctrl-C is taken for the first one, passed on
-    PATIENCE = 5.0  # seconds that a wait may go on when the run was told to stop
 
     def __init__(
         self, config: Config, data: Data, model: DFine, device: torch.device, auxiliary: nn.Module | None = None
@@ -59,20 +55,18 @@ class Run:
         self.config, self.data, self.device = config, data, device
         self.folder = Path(config.run_dir)
         self.model, self.auxiliary = model, auxiliary or nn.Module()
-        self.ema = optim.average(model, config.train)
+        self.ema = ModelEmaV3(model)
         self.optimizer = optim.optimizer(model, config.train, self.auxiliary)
         self.epoch_steps, self.step = len(data.sampler) // config.train.accumulate, 0
         self.saved, self.evaluated = 0, 0  # the last steps that were
         self.best = -1.0  # the highest AP
         self.ap: float | None = None  # the last one; None: not known yet, or no boxes to find
-        self.signalled, self.interrupted = False, False  # in this process; as agreed by all
-        self.ctrl_c: float | None = None  # when the first one came
-        self.working, self.waits = threading.Lock(), 0  # held but while this process waits; how often it did
-        self.working.acquire()
+        self.stop, self.interrupted = Stop(self.leave_alone), False  # this process was told to; all have agreed
         self.since_evaluation: list[dict[str, float]] = []
         self.board: SummaryWriter | None = None
         self.bar: tqdm = tqdm(disable=True)
-        self.began = 0.0  # when the current step did
+        self.began, self.loaded = 0.0, 0.0  # when the current step did, and when it had its pages
+        self.pace = metrics.Pace()
         self.batches: list[Batch] = []  # of the current step
 
     @property
@@ -132,12 +126,7 @@ class Run:
         if distributed.is_main():
             (self.folder / "config.yaml").write_text(yaml.safe_dump(configs.to_dict(self.config), sort_keys=False))
             self.board = SummaryWriter(str(self.folder), purge_step=self.step + 1)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.interrupt)
-        ears, mouth = socket.socketpair()
-        mouth.setblocking(False)
-        signal.set_wakeup_fd(mouth.fileno())
-        threading.Thread(target=self.cut_waits_short, args=(ears, mouth), daemon=True).start()
+        self.stop.listen()
         say(f"{self.last_step - self.step} steps to go, {self.epoch_steps} an epoch")
 
     def enter(self) -> None:
@@ -146,48 +135,6 @@ class Run:
             self.lock = lock(self.folder, "run_dir")  # kept: it ends with the file
         except OSError as error:
             raise ConfigError(f"run_dir: cannot write to {self.folder} ({error.strerror})") from error
-
-    def interrupt(self, number: int, _: Any) -> None:
-        """Ends the run after this step; a second Ctrl-C, some seconds after the first, ends it at once.
-
-        A signal may come more than once: job schedulers signal every process, and torchrun passes its own on.
-        """
-        self.signalled = True
-        if number == signal.SIGINT:
-            now = time.monotonic()
-            self.ctrl_c = self.ctrl_c or now
-            if now - self.ctrl_c > self.REPEATS:
-                signal.signal(number, signal.SIG_DFL)
-                signal.raise_signal(number)
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """While this process waits for pages or other processes, between two steps or in an evaluation."""
-        self.waits += 1
-        self.working.release()
-        try:
-            yield
-        finally:
-            self.working.acquire()
-
-    def cut_waits_short(self, ears: socket.socket, mouth: socket.socket) -> None:
-        """In a thread of its own: ends this process, saved, if it was told to stop and waits on for `PATIENCE`.
-
-        Pages may never come, from a disk or a worker that hangs, nor the other processes that wait for theirs. And
-        `interrupt` may not be called then: Python calls it between two of its own steps, and torch waits in one.
-
-        Args:
-            ears: where each signal's number arrives from `mouth`, which lives as long as this thread.
-        """
-        while ears.recv(1)[0] not in (signal.SIGTERM, signal.SIGINT):
-            pass
-        while True:
-            waits = self.waits
-            time.sleep(self.PATIENCE if distributed.is_main() else 2 * self.PATIENCE)  # the main process has to save
-            if self.working.acquire(blocking=False):
-                if waits == self.waits:
-                    self.leave_alone()
-                self.working.release()
 
     def leave_alone(self) -> NoReturn:
         """Saves and ends this process, without the others and whatever its threads wait for."""
@@ -239,15 +186,16 @@ class Run:
             with tqdm(None, f"epoch {epoch + 1}", self.epoch_steps, initial=first, **bar) as self.bar:
                 while epoch * self.epoch_steps <= self.step < min(self.last_step, (epoch + 1) * self.epoch_steps):
                     self.began = time.perf_counter()
-                    with self.waiting():
+                    with self.stop.waiting():
                         self.batches, failure = fetch(batches, accumulate)
-                        stop = self.agreed(self.signalled or failure is not None)
-                    if stop is None:
+                        agreed = self.agreed(self.stop.told or failure is not None)
+                    if agreed is None:
                         self.leave_alone()
-                    self.interrupted |= stop
+                    self.interrupted |= agreed
                     if self.interrupted:
                         self.leave(failure)
                         return
+                    self.loaded = time.perf_counter()
                     torch.manual_seed(step_seed(self.config.train.seed, self.step))
                     self.model.train()
                     self.model.backbone.train(not self.backbone_frozen)
@@ -261,7 +209,7 @@ class Run:
             return distributed.any_process(stop)
         except RuntimeError:  # its connection is gone
             time.sleep(1)  # what ended it, or torchrun, may be telling this one, too
-            if self.signalled:
+            if self.stop.told:
                 return None
             raise
 
@@ -279,9 +227,11 @@ class Run:
     def step_done(self, values: dict[str, float]) -> None:
         """Counts the step and logs its values: every tenth step to TensorBoard, their means to metrics.jsonl."""
         self.step += 1
-        pages = sum(len(batch.targets) for batch in self.batches) * distributed.world_size()
+        now, pages = time.perf_counter(), sum(len(batch.targets) for batch in self.batches) * distributed.world_size()
+        if self.device.type == "cpu" and (slower := self.pace.slower(now - self.loaded)):
+            say(slower)
         values = values | {
-            "pages_per_second": pages / (time.perf_counter() - self.began),
+            "pages_per_second": pages / (now - self.began),
             "padded_share": float(np.mean([padded_share(batch) for batch in self.batches])),
         }
         if self.board:
@@ -318,10 +268,10 @@ class Run:
         Told to stop, it gives up and leaves the evaluation to the resumed run.
         """
         distributed.broadcast_buffers(self.ema.module)  # every process has its own batch-norm statistics
-        stop, bf16 = lambda: self.signalled, self.config.train.bf16
+        bf16, told = self.config.train.bf16, lambda: self.stop.told
         try:
-            with self.waiting():
-                found = evaluate(self.ema.module, self.data.val_batches, self.data.val, bf16, stop)
+            with self.stop.waiting():
+                found = evaluate(self.ema.module, self.data.val_batches, self.data.val, bf16, told)
         except Stopped:
             self.interrupted = True
             say(f"told to stop; saved at step {self.step}, go on with --resume")

@@ -10,27 +10,13 @@ from tiny import tiny_model
 from torch import nn
 
 from dfine.config import TrainConfig
-from dfine.training.optim import average, learning_rate, optimizer, parameter_groups, set_learning_rate
+from dfine.training.optim import average_decay, learning_rate, optimizer, parameter_groups, set_learning_rate
 
 
-def test_the_average_forgets_faster_while_it_is_young():
-    model = nn.Linear(1, 1, bias=False)
-    ema = average(model, TrainConfig(ema_decay=0.5))
-    expected, decays = model.weight.item(), [0, 0, 1 - 2**-0.75, 0.5, 0.5]  # up to ema_decay
-    for step, decay in enumerate(decays):
-        nn.init.constant_(model.weight, step)
-        ema.update(model, step)
-        expected = decay * expected + (1 - decay) * step
-        assert ema.module.weight.item() == pytest.approx(expected)
-
-
-def test_the_average_goes_on_from_loaded_weights():
-    model = tiny_model()
-    ema = average(model, TrainConfig(ema_decay=0.9))
-    ema.module.load_state_dict({name: torch.zeros_like(x) for name, x in model.state_dict().items()})
-    ema.update(model, 1000)
-    weight = model.decoder.position[0].weight
-    torch.testing.assert_close(ema.module.decoder.position[0].weight, 0.1 * weight)
+def test_the_average_forgets_faster_while_it_is_young_and_reaches_its_decay_after_some_warm_ups():
+    decays = [average_decay(step, TrainConfig()) for step in (0, 999, 9_999)]
+    assert decays == pytest.approx([0.9999 * 0.0009995, 0.9999 * 0.6321206, 0.9999 * 0.9999546], rel=1e-6)
+    assert average_decay(9, TrainConfig(ema_decay=0.5, ema_warmup=1)) == pytest.approx(0.5, abs=1e-4)
 
 
 def with_gradients(model: nn.Module, seed: int, frozen: str = "none of them") -> None:

@@ -29,6 +29,7 @@ from dfine.inference import evaluation
 from dfine.model.detector import DFine
 from dfine.training import run as run_module
 from dfine.training.run import Run
+from dfine.training.stop import Stop
 
 
 def test_a_run_stopped_in_mid_epoch_and_resumed_equals_the_uninterrupted_one(
@@ -120,7 +121,7 @@ def signalled_and_again_while_saving(numbers: tuple[signal.Signals, ...]) -> Non
 
 def told_twice_to_stop() -> None:
     """By two Ctrl-C in the same step, deliberately."""
-    whole, Run.REPEATS = Run.step_done, 0.1
+    whole, Stop.REPEATS = Run.step_done, 0.1
 
     def step_done(run: Run, values: dict[str, float]) -> None:
         for _ in range(2 if run.step == 1 else 0):
@@ -237,7 +238,7 @@ def waiting_for_pages(hang: Path, step: int, rank: int) -> None:
             threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
         whole(run, values)
 
-    whole, CocoPages.read, Run.step_done, Run.PATIENCE = Run.step_done, never, step_done, 1.0
+    whole, CocoPages.read, Run.step_done, Stop.PATIENCE = Run.step_done, never, step_done, 1.0
 
 
 @pytest.mark.parametrize(("processes", "workers"), [(1, 0), (1, 1), (2, 0)])
