@@ -261,7 +261,7 @@ class TrainConfig(Section):
     # Batches per optimizer step. Their losses are averaged, each over its own boxes: nearly, not quite, a larger batch.
     accumulate: Count = 1
     ema_decay: PartialShare = 0.9999  # of the averaged weights; in step n times 1 - exp(-n / ema_warmup)
-    ema_warmup: Positive = 1000.0  # steps; the original's. Runs of fewer than some 5,000 steps take less
+    ema_warmup: Positive = 1000.0  # steps; the original's. Short runs take less of both, as the quickstart does
     freeze_backbone_steps: Whole = 0
     bf16: bool = True  # autocast on a GPU; boxes, softmax and losses stay in fp32
     bf16_cpu: bool = False  # train so on CPUs too that multiply bf16 (avx512_bf16, amx_bf16); others stay in fp32

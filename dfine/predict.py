@@ -106,7 +106,7 @@ def main() -> int:
     options = arguments()
     make_room(options.workers, "--workers")
     detector = load(options.checkpoint, fast=options.fast)
-    coco = CocoImages(options.coco, detector.categories) if options.coco else None
+    coco = CocoImages(options.coco, detector.categories, str(options.checkpoint)) if options.coco else None
     listed = list(list_pages(options.paths, options.pages))
     locations = [location for location in listed if not isinstance(location, PageError)]
     errors: list[PageError] = []

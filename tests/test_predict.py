@@ -390,6 +390,18 @@ def test_coco_results_have_the_ids_of_the_json_and_pycocotools_takes_them(script
             np.testing.assert_allclose([x, y, x + w, y + h], detection["box"], atol=1e-9)
 
 
+def test_classes_go_by_name_and_those_that_the_json_lacks_are_left_out(script: Any, tmp_path: Path) -> None:
+    Image.fromarray(drawn_page()).save(tmp_path / "a.png")
+    theirs = [{"id": 5, "name": "Figure"}, {"id": 1, "name": "table"}]
+    path = write_coco(tmp_path / "coco.json", [image(1, "a.png")], theirs)
+    status, (page,) = script(tmp_path / "a.png", "--coco", path)
+    assert status == 0
+    results = json.loads((tmp_path / "out" / "detections.json").read_text())
+    ids = [{"figure": 5, "table": 1, "text": None}[detection["label"]] for detection in page["detections"]]
+    assert {5, 1, None} == set(ids)
+    assert [result["category_id"] for result in results] == [number for number in ids if number]
+
+
 def test_pages_that_the_json_does_not_have_are_named(
     script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -472,7 +484,10 @@ def turned(page: np.ndarray, how: Image.Transpose | None) -> np.ndarray:
         ("[", r"coco.json: not JSON"),
         ('{"images": []}', r"coco.json: not COCO: needs the lists images and categories"),
         ('{"images": [7], "categories": []}', r"coco.json: holds no categories"),
-        (json.dumps({"images": [image(1, "a.png")], "categories": CATEGORIES[:1]}), r"coco.json: has the categories"),
+        (
+            json.dumps({"images": [image(1, "a.png")], "categories": [{"id": 1, "name": "sidebar"}]}),
+            r"coco.json: has sidebar, which .*best.pt does not know: text, table, figure",
+        ),
         (
             json.dumps({"images": [image(1, "../a.png")], "categories": CATEGORIES}),
             r"coco.json: images\[0\]: file_name",
@@ -485,7 +500,7 @@ def test_a_json_that_cannot_give_ids_is_named_before_any_page_is_read(
 ) -> None:
     if content is not None:
         (tmp_path / "coco.json").write_text(content)
-    with pytest.raises(PageError, match=message):
+    with pytest.raises(ValueError, match=message):
         script(tmp_path / "none.png", "--coco", tmp_path / "coco.json")
     assert not (tmp_path / "out").exists()
 

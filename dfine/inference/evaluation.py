@@ -142,7 +142,7 @@ def category_ids(
     """
     names = [category["name"] for category in own]
     if names == [str(i) for i in range(len(pages))]:
-        return [category["id"] for category in pages]
+        return sorted(category["id"] for category in pages)
     labels = matched(names, [category["name"] for category in pages])
     if None in labels:
         unknown = [category["name"] for category, label in zip(pages, labels, strict=True) if label is None]

@@ -98,17 +98,18 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
 
 
 class CocoImages:
-    """The images of a COCO json: which pages they are, and their results.
+    """The images of a COCO json: which pages they are, and their results in its categories, as `category_ids` says.
 
+    Args:
+        categories, checkpoint: the model's, and where it is from.
     Raises:
-        PageError: not a COCO json, or its categories are not those of the model.
+        PageError: not a COCO json. ConfigError: the model lacks one of its categories.
     """
 
-    def __init__(self, path: Path, categories: list[dict[str, Any]]) -> None:
+    def __init__(self, path: Path, categories: list[dict[str, Any]], checkpoint: str) -> None:
         coco = read_coco(path, truth=False)
-        theirs = {category["id"]: category["name"] for category in coco["categories"]}
-        if theirs != {category["id"]: category["name"] for category in categories}:
-            raise PageError(f"{path}: has the categories {theirs}, the checkpoint knows {categories}")
+        ids = category_ids(categories, coco["categories"], checkpoint, str(path))
+        self.ids = {category["id"]: number for category, number in zip(categories, ids, strict=True)}
         self.path, self.images = path, by_name(coco)
         self.files: dict[int, str] = {}  # which page an image was, by its id
 
@@ -131,11 +132,12 @@ class CocoImages:
         return [
             {
                 "image_id": image["id"],
-                "category_id": detection["category_id"],
+                "category_id": number,
                 "bbox": [round(x, 3) for x in (x1, y1, x2 - x1, y2 - y1)],
                 "score": detection["score"],
             }
             for detection, (x1, y1, x2, y2) in zip(entry["detections"], boxes.tolist(), strict=True)
+            if (number := self.ids[detection["category_id"]]) is not None
         ]
 
 
@@ -189,8 +191,7 @@ def truth_of(
         PageError: not COCO, or without the page. ConfigError: its categories are not those of the model.
     """
     coco, (height, width) = read_coco(annotations), size
-    theirs = sorted(({"id": c["id"], "name": c["name"]} for c in coco["categories"]), key=lambda c: c["id"])
-    ids = category_ids(categories, theirs, checkpoint, str(annotations))
+    ids = category_ids(categories, coco["categories"], checkpoint, str(annotations))
     entry = {"file": str(location.file), "page": location.page, "width": width, "height": height}
     image, turn = find(entry, by_name(coco), annotations)
     as_stored = (image["height"], image["width"])
