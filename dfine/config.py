@@ -265,6 +265,8 @@ class TrainConfig(Section):
     freeze_backbone_steps: Whole = 0
     bf16: bool = True  # autocast on a GPU; boxes, softmax and losses stay in fp32
     bf16_cpu: bool = False  # train so on CPUs too that multiply bf16 (avx512_bf16, amx_bf16); others stay in fp32
+    # Half the launches of a step (2,908 of 5,923 for the teacher, counted) for some two minutes of compiling. Off: what
+    # it gains on a GPU has not been measured, and with 16 large pages a GPU hardly waits for launches.
     compile: bool = False
     threads: Whole = 0  # CPU threads per process, at most one a core; 0: torch's choice
 
