@@ -106,7 +106,7 @@ class CocoImages:
         PageError: not a COCO json. ConfigError: the model lacks one of its categories.
     """
 
-    def __init__(self, path: Path, categories: list[dict[str, Any]], checkpoint: str) -> None:
+    def __init__(self, path: Path, categories: list[dict[str, Any]], checkpoint: str = "the model") -> None:
         coco = read_coco(path, truth=False)
         ids = category_ids(categories, coco["categories"], checkpoint, str(path))
         self.ids = {category["id"]: number for category, number in zip(categories, ids, strict=True)}
