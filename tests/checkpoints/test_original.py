@@ -85,6 +85,14 @@ def test_the_architecture_is_read_off_the_tensors(size, backbone, strides, dims,
     assert not config.backbone.pretrained
 
 
+def test_the_curve_is_that_of_the_numbers_without_their_signs(nano: dict[str, Tensor]):
+    """The original trains with their absolute values, so either sign may come out."""
+    names = [name for name in nano if name.endswith((".up", ".reg_scale"))]
+    assert len(names) == 4
+    negative = nano | {name: -nano[name] for name in names}
+    assert original.architecture(Foreign(negative)).decoder == original.architecture(Foreign(nano)).decoder
+
+
 # A checkpoint's way into a model
 
 
