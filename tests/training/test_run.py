@@ -65,10 +65,12 @@ def test_a_truncated_checkpoint_is_named_and_the_previous_one_used(
     whole = (run / "last.pt").read_bytes()
     (run / "last.pt").write_bytes(whole[: len(whole) // 2])
     capsys.readouterr()
-    train(config, run, "--resume")
+    train(config, run, "--resume", "train.max_steps=5")
     printed = capsys.readouterr().out
     assert "last.pt: truncated" in printed
     assert "at step 4" in printed
+    assert ours.read(run / "previous.pt")["step"] == 4  # not the broken one
+    train(config, run, "--resume")
     assert same(state(run), state(uninterrupted))
 
 
@@ -337,6 +339,13 @@ def test_a_resumed_run_needs_neither_the_weights_it_started_from_nor_timms(
 def test_a_run_does_not_go_on_as_another_model(config: Path, uninterrupted: Path, override: str, said: str) -> None:
     with pytest.raises(ConfigError, match=rf"last\.pt: {said}: a run keeps its model"):
         train(config, uninterrupted, "--resume", override)
+
+
+def test_a_run_does_not_go_on_with_other_classes(config: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    own = pages(tmp_path / "pages", names=("text", "table"))
+    others = [f"data.{part}.{key}={value}" for part in ("train", "val") for key, value in own.items()]
+    with pytest.raises(ConfigError, match=r"last\.pt: has other categories than data\.train\.annotations"):
+        train(config, uninterrupted, "--resume", *others)
 
 
 @pytest.fixture
