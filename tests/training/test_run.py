@@ -16,6 +16,7 @@ import timm
 import torch
 from processes import ends, gone, launch, skip_where_groups_hang
 from scripts import evaluations, pages, same, state, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dfine import distributed
 from dfine.checkpoints import ours
@@ -37,6 +38,8 @@ def test_a_run_stopped_in_mid_epoch_and_resumed_equals_the_uninterrupted_one(
     train(config, tmp_path / "run", "--resume")
     assert "resumed" in capsys.readouterr().out
     assert same(state(tmp_path / "run"), state(uninterrupted))
+    steps = [sum(line["train"]["gradient_norm_histogram"]["counts"]) for line in evaluations(tmp_path / "run")]
+    assert steps == [3, 1, 4]  # none counts in two evaluations
 
 
 def test_accumulated_steps_and_muon_resume_exactly_too(config: Path, tmp_path: Path) -> None:
@@ -306,6 +309,14 @@ def test_a_run_whose_torchrun_is_killed_saves_and_ends(config: Path, tmp_path: P
     torchrun.join()
     assert gone(torchrun.pid)
     assert state(run)["step"] > 1
+
+
+def test_tensorboard_forgets_what_a_resumed_run_does_again(config: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+    (run / "previous.pt").replace(run / "last.pt")
+    train(config, run, "--resume")
+    board = EventAccumulator(str(run)).Reload()
+    assert [event.step for event in board.Scalars("val/AP")] == [4, 8]
 
 
 # What a resumed run needs, and what it refuses
