@@ -157,6 +157,7 @@ INK_ON_WHITE = np.where(striped() > 0, 255, 0)
             (Image.fromarray(np.float32(striped() / 255 * white)), "tif", THREE_GREYS)
             for white in (1, 255, 4095, 65535)
         ),
+        (Image.fromarray(np.where(striped() > 0, np.float32(striped() / 255), np.nan)), "tif", THREE_GREYS),
         (cmyk(), "jpg", THREE_GREYS),
         (cmyk(), "tif", THREE_GREYS),
         (Image.fromarray(striped() > 0), "png", INK_ON_WHITE),

@@ -352,11 +352,15 @@ def test_a_run_does_not_go_on_as_another_model(config: Path, uninterrupted: Path
         train(config, uninterrupted, "--resume", override)
 
 
-def test_a_run_does_not_go_on_with_other_classes(config: Path, uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_its_own_classes_alone_and_both_data_sets_have_the_same(
+    config: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
     own = pages(tmp_path / "pages", names=("text", "table"))
     others = [f"data.{part}.{key}={value}" for part in ("train", "val") for key, value in own.items()]
     with pytest.raises(ConfigError, match=r"last\.pt: has other categories than data\.train\.annotations"):
         train(config, uninterrupted, "--resume", *others)
+    with pytest.raises(ConfigError, match=r"data\.val.* categories .*figure.* are not those of data\.train: .*table"):
+        train(config, tmp_path / "run", *others[:2])
 
 
 @pytest.fixture
@@ -454,16 +458,16 @@ def test_best_holds_the_averaged_weights_of_the_best_evaluation_also_of_a_resume
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(run_module, "evaluate", measuring([0.2, 0.5, 0.3, 0.4, 0.6], seen))
+    monkeypatch.setattr(run_module, "evaluate", measuring([0.2, 0.5, 0.3, 0.4, 0.45, 0.6], seen))
     own = ("train.eval_every=1", "train.save_every=1", "train.ema_decay=0.5")
-    train(config, tmp_path, *own, "train.max_steps=3")
+    train(config, tmp_path, *own, "train.max_steps=4")
     assert same(ours.read(tmp_path / "best.pt")["ema"], seen[1])
-    assert same(state(tmp_path)["ema"], seen[2])
-    assert not same(state(tmp_path)["model"], seen[2])
-    train(config, tmp_path, *own, "train.max_steps=4", "--resume")
-    assert same(ours.read(tmp_path / "best.pt")["ema"], seen[1])
+    assert same(state(tmp_path)["ema"], seen[3])
+    assert not same(state(tmp_path)["model"], seen[3])
     train(config, tmp_path, *own, "train.max_steps=5", "--resume")
-    assert same(ours.read(tmp_path / "best.pt")["ema"], seen[4])
+    assert same(ours.read(tmp_path / "best.pt")["ema"], seen[1])
+    train(config, tmp_path, *own, "train.max_steps=6", "--resume")
+    assert same(ours.read(tmp_path / "best.pt")["ema"], seen[5])
 
 
 def test_all_processes_measure_with_the_main_process_statistics(
@@ -518,6 +522,8 @@ def test_a_full_disk_is_reported_and_the_old_checkpoint_stays(tmp_path: Path) ->
     assert ours.read(path) == {"step": 1}
 
 
-def test_a_run_is_not_overwritten_without_being_asked_to(config: Path, uninterrupted: Path) -> None:
-    with pytest.raises(ConfigError, match="--resume"):
-        train(config, uninterrupted)
+def test_a_run_is_not_overwritten_without_being_asked_to(config: Path, finished: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="--resume"):
+            train(config, finished)
+        (finished / "last.pt").unlink(missing_ok=True)  # as where a run is killed while it saves
