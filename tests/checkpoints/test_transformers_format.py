@@ -305,6 +305,14 @@ def test_a_backbone_of_timm_that_is_not_the_same_there_is_refused(
         assert message.format(version=timm.__version__) in text
 
 
+def test_batch_norms_are_frozen_there_unless_the_json_says_otherwise(on_timm: Path) -> None:
+    settings = json.loads((on_timm / "config.json").read_text())
+    del settings["freeze_backbone_batch_norms"]
+    settings["backbone_config"] |= BATCH_NORMS
+    (on_timm / "config.json").write_text(json.dumps(settings))
+    assert "whose activations are lost where transformers freezes them" in refusal(on_timm)
+
+
 def test_a_file_alone_does_not_name_its_backbone_of_timm(on_timm: Path) -> None:
     assert "only a config.json in the same folder can say which backbone" in refusal(on_timm / "model.safetensors")
 
