@@ -122,6 +122,16 @@ def test_training_starts_from_a_published_checkpoint(nano_checkpoint: Path, mode
     assert "anew" not in said
 
 
+def test_written_anchors_are_logits_and_those_that_touch_the_border_infinite():
+    """As the original computes them at 640x640 pixels: none within 0.01 of an edge is valid."""
+    model = tiny_model()
+    state = original.state_of(model, model.config)
+    anchors, valid = state["decoder.anchors"][0], state["decoder.valid_mask"][0]
+    assert (anchors[0] == torch.inf).all()
+    torch.testing.assert_close(anchors[81].sigmoid(), torch.tensor([1.5 / 80, 1.5 / 80, 0.05, 0.05]))
+    assert valid[:, 0].equal(anchors.isfinite().all(1))
+
+
 # Whole or not at all
 
 
