@@ -383,6 +383,14 @@ def test_a_broken_line_of_metrics_is_named(config: Path, finished: Path, line: s
     assert refused(config, finished) == f"{path}: line 1: not an evaluation: mend or delete this line"
 
 
+def test_a_line_of_metrics_that_a_full_disk_cut_short_is_dropped(config: Path, finished: Path) -> None:
+    path = finished / "metrics.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + '{"step": 8, "AP"')
+    train(config, finished, "--resume")
+    assert path.read_text() == whole
+
+
 def test_best_in_the_place_of_last_is_named_with_what_to_do(config: Path, finished: Path) -> None:
     shutil.copy(finished / "best.pt", finished / "last.pt")
     last = finished / "last.pt"
