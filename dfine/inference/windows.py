@@ -44,7 +44,7 @@ def windows_of(size: tuple[int, int], data: DataConfig) -> list[Box]:
 
 
 def best_seen_here(boxes: Tensor, windows: list[Box], index: int) -> Tensor:
-    """Which boxes of a window are seen there with the most room to the edges that cut the page: (K,) bool.
+    """Which boxes of a window are seen there with the most room to its edges: (K,) bool.
 
     A window that cuts a box sees a part of it, which is left out if the next window sees the whole. Of a box longer
     than the overlap, no window need see the whole; then its parts stay.
@@ -55,6 +55,5 @@ def best_seen_here(boxes: Tensor, windows: list[Box], index: int) -> Tensor:
     along = 0 if windows[0][0] != windows[-1][0] else 1
     starts, ends = (torch.tensor([window[side] for window in windows]).float() for side in (along, along + 2))
     slack = SLACK * (ends[0] - starts[0])
-    starts[0], ends[-1] = -torch.inf, torch.inf  # the page's own edges cut nothing
     room = torch.minimum(boxes[:, along, None] - starts, ends - boxes[:, along + 2, None])  # (K, windows)
     return room[:, index] >= room.amax(1) - slack

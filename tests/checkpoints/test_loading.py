@@ -41,6 +41,7 @@ def start(path: Path, *overrides: str) -> tuple[str, DFine]:
 
 CONTRADICTIONS = [
     ("ours", "model.decoder.a=1", "model.decoder.a is 1.0, there 0.5"),
+    ("ours", "model.decoder.a=0.501", "model.decoder.a is 0.501, there 0.5"),
     ("ours", "model.decoder.c=0.3", "model.decoder.c is 0.3, there 0.25"),
     ("ours", "model.decoder.points=[2, 1, 1]", "model.decoder.points is [2, 1, 1], there [1, 2, 1]"),
     (

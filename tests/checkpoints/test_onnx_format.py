@@ -86,6 +86,7 @@ def check(found: Detections, expected: Detections, scores: float = 1e-4, boxes: 
         ((320, 320), [(300, 320)]),
         ((928, 640), [(905, 640)]),
         ((32, 32), [(20, 31)]),
+        ((32, 32), [(6, 7)]),  # of fewer cells than queries
     ],
     ids=str,
 )
@@ -140,6 +141,13 @@ def test_the_metadata_say_what_the_labels_and_the_pages_are(files: tuple[Path, P
     whole = onnx.TensorProto.INT64
     inputs = [("images", onnx.TensorProto.UINT8), ("sizes", whole), ("originals", whole)]
     assert names == [*inputs, ("scores", onnx.TensorProto.FLOAT), ("labels", whole), ("boxes", onnx.TensorProto.FLOAT)]
+
+
+def test_squashed_pages_are_described_as_in_evaluation() -> None:
+    """640 pixels wide, 896 high, whatever edges it was trained with."""
+    data = DataConfig(sizing="squash", short_edges=(480, 512), eval_short_edge=640, squash_aspect=1.4)
+    said = onnx_format.preprocessing(Config(model=MODEL, data=data), 32)
+    assert (said["sizing"], said["short_edge"], said["height_by_width"]) == ("squash", 640, 1.4)
 
 
 def test_deformable_attention_is_written_as_reads_of_four_cells(files: tuple[Path, Path]) -> None:

@@ -85,6 +85,14 @@ def test_the_architecture_is_read_off_the_tensors(size, backbone, strides, dims,
     assert not config.backbone.pretrained
 
 
+def test_the_curve_is_that_of_the_numbers_without_their_signs(nano: dict[str, Tensor]):
+    """The original trains with their absolute values, so either sign may come out."""
+    names = [name for name in nano if name.endswith((".up", ".reg_scale"))]
+    assert len(names) == 4
+    negative = nano | {name: -nano[name] for name in names}
+    assert original.architecture(Foreign(negative)).decoder == original.architecture(Foreign(nano)).decoder
+
+
 # A checkpoint's way into a model
 
 
@@ -112,6 +120,16 @@ def test_training_starts_from_a_published_checkpoint(nano_checkpoint: Path, mode
     said = loading.initialise(model, str(nano_checkpoint), [{"id": i, "name": str(i)} for i in range(80)])
     assert "the original implementation" in said
     assert "anew" not in said
+
+
+def test_written_anchors_are_logits_and_those_that_touch_the_border_infinite():
+    """As the original computes them at 640x640 pixels: none within 0.01 of an edge is valid."""
+    model = tiny_model()
+    state = original.state_of(model, model.config)
+    anchors, valid = state["decoder.anchors"][0], state["decoder.valid_mask"][0]
+    assert (anchors[0] == torch.inf).all()
+    torch.testing.assert_close(anchors[81].sigmoid(), torch.tensor([1.5 / 80, 1.5 / 80, 0.05, 0.05]))
+    assert valid[:, 0].equal(anchors.isfinite().all(1))
 
 
 # Whole or not at all

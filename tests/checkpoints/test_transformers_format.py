@@ -34,7 +34,7 @@ from dfine import config as configs
 from dfine.checkpoints import hub, original, ours, transformers_format
 from dfine.checkpoints.loading import initialise, load_model, load_teacher, matched
 from dfine.checkpoints.ours import CheckpointError
-from dfine.config import Config, ConfigError, DataConfig, DistillConfig, override
+from dfine.config import Config, ConfigError, DataConfig, DenoisingConfig, DistillConfig, override
 from dfine.model.detector import DFine, class_dependent
 from dfine.training import engine
 
@@ -111,6 +111,12 @@ def test_a_file_alone_knows_its_classes_by_number(folder: Path, loaded: Loaded) 
     assert config.data == original.SQUASHED
     same = loaded[0].state_dict()
     assert all(tensor.equal(same[name]) for name, tensor in model.state_dict().items())
+
+
+def test_classes_go_by_their_numbers_whatever_their_order_in_the_json(own: Path) -> None:
+    """transformers sorts keys: 10 comes before 2."""
+    change(own / "config.json", id2label={str(i): NAMES[i] for i in (2, 0, 1)})
+    assert load_model(own)[2] == [{"id": i, "name": name} for i, name in enumerate(NAMES)]
 
 
 def test_pages_are_sized_and_normalised_as_preprocessor_config_says(own: Path) -> None:
@@ -297,6 +303,14 @@ def test_a_backbone_of_timm_that_is_not_the_same_there_is_refused(
     else:
         assert text.startswith(f"{on_timm / 'config.json'}: ")
         assert message.format(version=timm.__version__) in text
+
+
+def test_batch_norms_are_frozen_there_unless_the_json_says_otherwise(on_timm: Path) -> None:
+    settings = json.loads((on_timm / "config.json").read_text())
+    del settings["freeze_backbone_batch_norms"]
+    settings["backbone_config"] |= BATCH_NORMS
+    (on_timm / "config.json").write_text(json.dumps(settings))
+    assert "whose activations are lost where transformers freezes them" in refusal(on_timm)
 
 
 def test_a_file_alone_does_not_name_its_backbone_of_timm(on_timm: Path) -> None:
@@ -544,6 +558,17 @@ def test_a_backbone_of_timm_is_written_so_that_transformers_4_reads_it_too(on_ti
     again, its_config, its_classes = load_model(tmp_path / "out")
     assert (its_config, its_classes) == (config, classes)
     assert all(tensor.equal(again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_config_json_says_how_a_model_was_trained_for_those_who_train_on(tmp_path: Path) -> None:
+    noise = DenoisingConfig(queries=7, label_noise=0.25, box_noise=0.75)
+    config = tiny_config((16, 32), c=0.125, a=0.75, points=(2, 1)).model_copy(update={"denoising": noise})
+    whole = Config(model=config, data=original.SQUASHED)
+    transformers_format.write(tmp_path, DFine(config, 3), whole, categories("a", "b", "c"))
+    written = json.loads((tmp_path / "config.json").read_text())
+    expected = {"num_denoising": 7, "label_noise_ratio": 0.5, "box_noise_scale": 0.75, "up": 0.75, "reg_scale": 8}
+    assert {key: written[key] for key in expected} == expected
+    assert (written["feat_strides"], written["num_feature_levels"]) == ([16, 32], 2)
 
 
 @pytest.mark.parametrize("aspect", [1.0, 1.5, 0.75])

@@ -123,6 +123,9 @@ def test_an_area_in_the_json_is_kept(tmp_path: Path) -> None:
     """It is the outline's, and decides whether a box is small or large to COCO's metrics."""
     source = CocoPages(*write(tmp_path, [image(1)], [annotation(1, [0, 0, 2, 3], area=2.5)]))
     assert source.ground_truth()["annotations"][0]["area"] == 2.5
+    clipped = CocoPages(*write(tmp_path, [image(1)], [annotation(1, [-8, 5, 20, 10], area=50)]))
+    (left,) = clipped.ground_truth()["annotations"]
+    assert (left["bbox"], left["area"]) == ([0, 5, 12, 10], 50)
 
 
 def test_outlines_are_not_kept(tmp_path: Path) -> None:

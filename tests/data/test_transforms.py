@@ -2,6 +2,7 @@
 
 import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import cv2
@@ -156,6 +157,7 @@ INK_ON_WHITE = np.where(striped() > 0, 255, 0)
             (Image.fromarray(np.float32(striped() / 255 * white)), "tif", THREE_GREYS)
             for white in (1, 255, 4095, 65535)
         ),
+        (Image.fromarray(np.where(striped() > 0, np.float32(striped() / 255), np.nan)), "tif", THREE_GREYS),
         (cmyk(), "jpg", THREE_GREYS),
         (cmyk(), "tif", THREE_GREYS),
         (Image.fromarray(striped() > 0), "png", INK_ON_WHITE),
@@ -187,6 +189,24 @@ def test_white_is_white_in_colours_of_16_bits_too(tmp_path: Path, bits: int, suf
     assert (found[:2] == 0).all()
     assert (found[2:4] < 200).all()
     assert (found[4:] == 255).all()
+
+
+@pytest.mark.parametrize("bits", [10, 16])
+def test_white_is_white_in_greys_of_16_bits_with_transparency(tmp_path: Path, bits: int) -> None:
+    """A PNG of two channels, which neither Pillow nor OpenCV writes."""
+    page = np.full((6, 8, 2), 65535, ">u2")  # opaque
+    page[..., 0] = striped() / 255 * (2**bits - 1)
+    rows = b"".join(b"\0" + row.tobytes() for row in page)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in {
+        b"IHDR": struct.pack(">IIBBBBB", 8, 6, 16, 4, 0, 0, 0),
+        b"IDAT": zlib.compress(rows),
+        b"IEND": b"",
+    }.items():
+        content += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    (tmp_path / "page.png").write_bytes(content)
+    found = read_page(tmp_path / "page.png")
+    assert (found[0].max(), found[5].min()) == (0, 255)
 
 
 @pytest.mark.parametrize("size", [(0, 10), (10, 0)])

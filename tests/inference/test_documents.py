@@ -139,10 +139,11 @@ def test_without_the_extra_a_pdf_says_what_to_install(tmp_path: Path, monkeypatc
 # TIFFs
 
 
-def test_a_tiff_has_all_its_pages_but_no_thumbnails(tmp_path: Path) -> None:
-    pages = [drawn_page(40, 30), drawn_page(20, 15), drawn_page(30, 40)]
+def test_a_tiff_has_all_its_pages_but_no_thumbnails_and_masks(tmp_path: Path) -> None:
+    pages = [drawn_page(40, 30), drawn_page(20, 15), drawn_page(30, 40), drawn_page(30, 40)]
     kinds = [TiffImagePlugin.ImageFileDirectory_v2() for _ in pages]
     kinds[1][254] = 1  # a reduced version of another page
+    kinds[3][254] = 4  # which pixels of another page are transparent
     with TiffImagePlugin.AppendingTiffWriter(tmp_path / "a.tif", new=True) as file:
         for page, kind in zip(pages, kinds, strict=True):
             Image.fromarray(page).save(file, "TIFF", tiffinfo=kind)

@@ -95,7 +95,9 @@ def test_boxes_in_a_crowd_are_neither_right_nor_wrong(tmp_path: Path) -> None:
     crowd = annotation(0, [100, 100, 150, 200], iscrowd=1)
     inside = annotation(0, [120, 120, 60, 60])
     everything = found([inside], 0.95) + found(THREE)
-    assert coco_metrics(truth(tmp_path, [*THREE, crowd]), everything)["AP"] == pytest.approx(1)
+    metrics = coco_metrics(truth(tmp_path, [*THREE, crowd]), everything)
+    assert metrics["AP"] == pytest.approx(1)
+    assert metrics["shown"] == pytest.approx({"precision": 1, "recall": 1, "duplicates": 0})
     assert coco_metrics(truth(tmp_path, THREE), everything)["AP"] < 0.9
 
 

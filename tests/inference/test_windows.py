@@ -35,7 +35,9 @@ def test_other_pages_are_one_window(size: tuple[int, int]) -> None:
 
 def test_what_is_long_depends_on_what_the_model_sees() -> None:
     assert not is_long((3000, 1000), DATA.model_copy(update={"max_long_edge": 200}))
-    assert is_long((3000, 1000), DATA.model_copy(update={"sizing": "squash"}))
+    squashed = DATA.model_copy(update={"sizing": "squash"})
+    assert is_long((3000, 1000), squashed)
+    assert not is_long((1900, 1000), squashed)  # of A4 it shows less than 1.4 times as much
 
 
 def test_a_box_is_left_out_where_another_window_sees_more_of_it() -> None:
@@ -50,3 +52,9 @@ def test_a_box_is_left_out_where_another_window_sees_more_of_it() -> None:
     cut = torch.tensor([[0, 50, 9, 100], [0, 20, 9, 100.0]])  # by the first: the second begins here, sees none of it
     assert best_seen_here(cut, windows, 0).tolist() == [True, True]
     assert best_seen_here(whole[:2], windows[:1], 0).tolist() == [True, True]
+
+
+def test_a_box_that_each_window_sees_a_little_nearer_to_its_own_edge_is_not_lost() -> None:
+    windows = [(0, 0, 100, 100), (0, 50, 100, 150)]
+    for index, box in enumerate(([0, 61, 9, 91], [0, 59, 9, 89])):
+        assert best_seen_here(torch.tensor([box]).float(), windows, index).tolist() == [True]

@@ -16,6 +16,7 @@ import timm
 import torch
 from processes import ends, gone, launch, skip_where_groups_hang
 from scripts import evaluations, pages, same, state, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dfine import distributed
 from dfine.checkpoints import ours
@@ -39,6 +40,8 @@ def test_a_run_stopped_in_mid_epoch_and_resumed_equals_the_uninterrupted_one(
     train(config, tmp_path / "run", "--resume")
     assert "resumed" in capsys.readouterr().out
     assert same(state(tmp_path / "run"), state(uninterrupted))
+    steps = [sum(line["train"]["gradient_norm_histogram"]["counts"]) for line in evaluations(tmp_path / "run")]
+    assert steps == [3, 1, 4]  # none counts in two evaluations
 
 
 def test_accumulated_steps_and_muon_resume_exactly_too(config: Path, tmp_path: Path) -> None:
@@ -67,10 +70,12 @@ def test_a_truncated_checkpoint_is_named_and_the_previous_one_used(
     whole = (run / "last.pt").read_bytes()
     (run / "last.pt").write_bytes(whole[: len(whole) // 2])
     capsys.readouterr()
-    train(config, run, "--resume")
+    train(config, run, "--resume", "train.max_steps=5")
     printed = capsys.readouterr().out
     assert "last.pt: truncated" in printed
     assert "at step 4" in printed
+    assert ours.read(run / "previous.pt")["step"] == 4  # not the broken one
+    train(config, run, "--resume")
     assert same(state(run), state(uninterrupted))
 
 
@@ -308,6 +313,14 @@ def test_a_run_whose_torchrun_is_killed_saves_and_ends(config: Path, tmp_path: P
     assert state(run)["step"] > 1
 
 
+def test_tensorboard_forgets_what_a_resumed_run_does_again(config: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(uninterrupted, tmp_path / "run"))
+    (run / "previous.pt").replace(run / "last.pt")
+    train(config, run, "--resume")
+    board = EventAccumulator(str(run)).Reload()
+    assert [event.step for event in board.Scalars("val/AP")] == [4, 8]
+
+
 # What a resumed run needs, and what it refuses
 
 
@@ -341,6 +354,17 @@ def test_a_run_does_not_go_on_as_another_model(config: Path, uninterrupted: Path
         train(config, uninterrupted, "--resume", override)
 
 
+def test_a_run_goes_on_with_its_own_classes_alone_and_both_data_sets_have_the_same(
+    config: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    own = pages(tmp_path / "pages", names=("text", "table"))
+    others = [f"data.{part}.{key}={value}" for part in ("train", "val") for key, value in own.items()]
+    with pytest.raises(ConfigError, match=r"last\.pt: has other categories than data\.train\.annotations"):
+        train(config, uninterrupted, "--resume", *others)
+    with pytest.raises(ConfigError, match=r"data\.val.* categories .*figure.* are not those of data\.train: .*table"):
+        train(config, tmp_path / "run", *others[:2])
+
+
 @pytest.fixture
 def finished(uninterrupted: Path, tmp_path: Path) -> Path:
     """A copy of the uninterrupted run, to be damaged."""
@@ -359,6 +383,14 @@ def test_a_broken_line_of_metrics_is_named(config: Path, finished: Path, line: s
     path = finished / "metrics.jsonl"
     path.write_text(f"{line}\n{path.read_text()}")
     assert refused(config, finished) == f"{path}: line 1: not an evaluation: mend or delete this line"
+
+
+def test_a_line_of_metrics_that_a_full_disk_cut_short_is_dropped(config: Path, finished: Path) -> None:
+    path = finished / "metrics.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + '{"step": 8, "AP"')
+    train(config, finished, "--resume")
+    assert path.read_text() == whole
 
 
 def test_best_in_the_place_of_last_is_named_with_what_to_do(config: Path, finished: Path) -> None:
@@ -436,16 +468,16 @@ def test_best_holds_the_averaged_weights_of_the_best_evaluation_also_of_a_resume
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(run_module, "evaluate", measuring([0.2, 0.5, 0.3, 0.4, 0.6], seen))
+    monkeypatch.setattr(run_module, "evaluate", measuring([0.2, 0.5, 0.3, 0.4, 0.45, 0.6], seen))
     own = ("train.eval_every=1", "train.save_every=1", "train.ema_decay=0.5")
-    train(config, tmp_path, *own, "train.max_steps=3")
+    train(config, tmp_path, *own, "train.max_steps=4")
     assert same(ours.read(tmp_path / "best.pt")["ema"], seen[1])
-    assert same(state(tmp_path)["ema"], seen[2])
-    assert not same(state(tmp_path)["model"], seen[2])
-    train(config, tmp_path, *own, "train.max_steps=4", "--resume")
-    assert same(ours.read(tmp_path / "best.pt")["ema"], seen[1])
+    assert same(state(tmp_path)["ema"], seen[3])
+    assert not same(state(tmp_path)["model"], seen[3])
     train(config, tmp_path, *own, "train.max_steps=5", "--resume")
-    assert same(ours.read(tmp_path / "best.pt")["ema"], seen[4])
+    assert same(ours.read(tmp_path / "best.pt")["ema"], seen[1])
+    train(config, tmp_path, *own, "train.max_steps=6", "--resume")
+    assert same(ours.read(tmp_path / "best.pt")["ema"], seen[5])
 
 
 def test_all_processes_measure_with_the_main_process_statistics(
@@ -500,6 +532,8 @@ def test_a_full_disk_is_reported_and_the_old_checkpoint_stays(tmp_path: Path) ->
     assert ours.read(path) == {"step": 1}
 
 
-def test_a_run_is_not_overwritten_without_being_asked_to(config: Path, uninterrupted: Path) -> None:
-    with pytest.raises(ConfigError, match="--resume"):
-        train(config, uninterrupted)
+def test_a_run_is_not_overwritten_without_being_asked_to(config: Path, finished: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="--resume"):
+            train(config, finished)
+        (finished / "last.pt").unlink(missing_ok=True)  # as where a run is killed while it saves

@@ -10,7 +10,7 @@ from PIL import Image
 from dfine.config import PagesConfig
 from dfine.data.sources import open_source
 from dfine.data.synthetic.documents import text
-from dfine.data.synthetic.documents.pages import KINDS, draw_page, draw_style, page_size
+from dfine.data.synthetic.documents.pages import KINDS, Page, draw_page, draw_style, page_size
 from dfine.data.synthetic.pages import CLASSES, Drawn, coco_dict, write_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*typefaces are missing")  # fewer of them draw just as well
@@ -70,6 +70,14 @@ def test_boxes_are_tight_to_what_is_drawn(drawn: list[Drawn]) -> None:
     assert checked > 100
 
 
+def test_a_ground_hides_what_was_there_and_its_boxes() -> None:
+    boxes = [(5, 5, 30, 20), (30, 40, 60, 70), (50, 5, 70, 20), (5, 60, 30, 90)]  # the first two are under it
+    page = Page(np.full((100, 80, 3), 255, np.uint8), "report", labels=[0, 1, 2, 3], boxes=boxes[:])
+    page.ground(0, 40, 50, (200, 0, 0))
+    assert (page.labels, page.boxes) == ([2, 3], boxes[2:])
+    assert (page.image[:50, :40] == (200, 0, 0)).all()
+
+
 def test_every_class_occurs(drawn: list[Drawn]) -> None:
     assert {CLASSES[label] for _, labels, _ in drawn for label in labels} == set(CLASSES)
 
@@ -99,6 +107,7 @@ def test_a_source_draws_the_style_that_is_asked_for(drawn: list[Drawn]) -> None:
     np.testing.assert_array_equal(image, drawn[2][0])
     np.testing.assert_array_equal(labels, drawn[2][1])
     np.testing.assert_array_equal(boxes[:, 2:] - boxes[:, :2], drawn[2][2][:, 2:])
+    assert source.sizes == [image.shape[:2] for image, _, _ in drawn[:3]]
     assert "documents" in source.summary(queries=300)
 
 

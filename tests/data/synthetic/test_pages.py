@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from dfine.data.synthetic import pages
+from dfine.data.synthetic.ink import block
 from dfine.data.synthetic.pages import CATEGORIES, CLASSES, coco_dict, draw_page, page_size, write_folder
 
 PAGES = 150
@@ -80,6 +81,12 @@ def test_every_box_is_tight_to_the_ink_and_has_paper_all_around():
                 assert edge.any(), f"page {index}: paper along the inner edge of a box"
             grown = ink[top - 1 : bottom + 1, left - 1 : right + 1]
             assert grown.sum() == inside.sum(), f"page {index}: ink along the outer edge of a box"
+
+
+def test_ink_that_nobody_would_see_is_dropped_and_widens_no_box():
+    drawn = np.array([[0, 10, 0, 0], [10, 200, 10, 0], [0, 10, 90, 10]], np.uint8)
+    _, ink, left, _ = block("Text", drawn, gap=3, left=7)
+    assert (ink.tolist(), left) == ([[200, 0], [0, 90]], 8)
 
 
 def test_boxes_do_not_overlap():
