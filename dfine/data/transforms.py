@@ -205,10 +205,11 @@ def pad(pages: list[np.ndarray], stride: int) -> tuple[Tensor, Tensor]:
         images (B, 3, H, W) uint8, and sizes (B, 2) int64: h, w of each page
     """
     sizes = [page.shape[:2] for page in pages]
-    images = torch.zeros(len(pages), 3, *canvas_of(sizes, stride), dtype=torch.uint8)
+    # On the CPU, whatever device a host program has for its own tensors.
+    images = torch.zeros(len(pages), 3, *canvas_of(sizes, stride), dtype=torch.uint8, device="cpu")
     for image, page in zip(images, pages, strict=True):
         image[:, : page.shape[0], : page.shape[1]] = torch.from_numpy(page).permute(2, 0, 1)
-    return images, torch.tensor(sizes)
+    return images, torch.tensor(sizes, device="cpu")
 
 
 class Elastic(A.ElasticTransform):

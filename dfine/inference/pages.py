@@ -130,6 +130,7 @@ class Detector:
             num_workers=workers,
             collate_fn=as_it_is,
             worker_init_fn=begin_worker,
+            generator=torch.Generator(torch.get_default_device()),  # or each call would change a host's random numbers
         )
         return self._stream(loader, threshold, dedupe, batch_size, on_error)
 
@@ -181,7 +182,7 @@ class Detector:
             boxes, parts = [window.box for window in page.windows], []
             for index, (x1, y1, _, _) in enumerate(boxes):
                 part = finite(next(answers), str(page))
-                part = part._replace(boxes=part.boxes + torch.tensor([x1, y1, x1, y1]))
+                part = part._replace(boxes=part.boxes + part.boxes.new_tensor([x1, y1, x1, y1]))
                 kept = (part.scores >= threshold) & best_seen_here(part.boxes, boxes, index)
                 parts.append(Detections(*(x[kept] for x in part)))
             found = Detections(*(torch.cat(x) for x in zip(*parts, strict=True)))
