@@ -129,6 +129,7 @@ def _on_white(image: Image.Image) -> Image.Image:
         eight_bits = (pixels >> (_bits(pixels.max()) - 8)).clip(0, 255).astype(np.uint8)
         return Image.fromarray(eight_bits).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("LA") if image.mode == "La" else image  # to which alone Pillow converts it
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")

@@ -189,6 +189,12 @@ def test_white_is_white_in_colours_of_16_bits_too(tmp_path: Path, bits: int, suf
     assert (found[4:] == 255).all()
 
 
+@pytest.mark.parametrize("mode", ["RGBa", "La"])
+def test_colours_that_are_multiplied_with_their_opacity_are_laid_on_white(mode: str) -> None:
+    page = rgba(51) if mode == "RGBa" else rgba(51).convert("LA")
+    np.testing.assert_allclose(as_page(page.convert(mode)), as_page(page), atol=3)
+
+
 @pytest.mark.parametrize("size", [(0, 10), (10, 0)])
 def test_an_image_without_pixels_is_no_page(size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="it has no pixels"):
