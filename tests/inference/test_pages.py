@@ -230,6 +230,13 @@ def test_worker_processes_change_nothing(best: Path, documents: Path) -> None:
         np.testing.assert_array_equal(own.boxes, theirs.boxes)
 
 
+def test_images_of_16_bits_are_the_same_to_worker_processes(best: Path, tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "page.png"), drawn_page().astype(np.uint16) * 4)  # colours of 10 bits
+    detector = dfine.load(best, "cpu")
+    own, theirs = (detector([Image.open(tmp_path / "page.png")], 0.0, workers=workers)[0] for workers in (0, 1))
+    np.testing.assert_array_equal(theirs.boxes, own.boxes)
+
+
 def test_another_programs_signal_handlers_stay_and_pages_are_read_in_any_thread(best: Path) -> None:
     detector, numbers = dfine.load(best, "cpu"), [signal.SIGCHLD, signal.SIGINT, signal.SIGTERM]
     before = [signal.getsignal(number) for number in numbers]
