@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from tqdm import tqdm
 
@@ -258,6 +259,11 @@ class WorkerError(ValueError):
 NO_ROOM = "too many open files: raise the limit (ulimit -n 4096), or take fewer workers or smaller batches"
 
 
+NO_MEMORY = (
+    "too little shared memory: raise its limit (docker run --shm-size 8g), or take fewer workers or smaller batches"
+)
+
+
 @dataclass(frozen=True)
 class WithRoom:
     """Collates, but where a worker has no room to send the batch, says so: torch would lose it and wait for ever."""
@@ -265,9 +271,18 @@ class WithRoom:
     collate: Callable[[Any], Any]
 
     def __call__(self, samples: Any) -> Any:
-        if get_worker_info() is not None and not has_room():
+        if get_worker_info() is None:
+            return self.collate(samples)
+        if not has_room():
             return WorkerError(f"loading pages failed: {NO_ROOM}")
-        return self.collate(samples)
+        batch = self.collate(samples)
+        try:
+            for tensor in filter(torch.is_tensor, tree_leaves(batch)):
+                tensor.share_memory_()  # on its way torch would do so, and lose the batch where there is too little
+        except RuntimeError as error:
+            cause = NO_ROOM if "open files" in str(error) else NO_MEMORY
+            return WorkerError(f"loading pages failed: {cause} ({error})")
+        return batch
 
 
 def begin_worker(_: int) -> None:
