@@ -332,9 +332,20 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
     return from_dict(tree)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is there twice. YAML does, too, but PyYAML takes the last and drops the first in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        first: dict[str, int] = {}
+        for number, (key, _) in enumerate(node.value):
+            if first.setdefault(str(key.value), number) != number:
+                raise ValueError(f"{key.value} is there twice, again in line {key.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
 def _yaml(text: str | bytes, subject: str = "") -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except Exception as error:  # also ValueError on a date such as 2026-13-01, IndexError, RecursionError, ...
         raise ConfigError(f"{subject}not YAML: {' '.join(str(error).split()) or type(error).__name__}") from error
 

@@ -210,6 +210,20 @@ def test_a_file_that_is_no_yaml_is_refused_in_one_line(tmp_path: Path, content: 
         load(tmp_path / "config.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "key", "line"),
+    [
+        ("train: {epochs: 2}\ndata: {workers: 0}\ntrain: {clip: 1}", "train", 3),
+        ("data: {workers: 0, workers: 1}", "workers", 1),
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused_for_the_first_would_be_lost(
+    tmp_path: Path, text: str, key: str, line: int
+):
+    with pytest.raises(ConfigError, match=rf"config.yaml: not YAML: {key} is there twice, again in line {line}$"):
+        load(written(tmp_path, text))
+
+
 def test_a_missing_file_is_named(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"nowhere.yaml: cannot read the config"):
         load(tmp_path / "nowhere.yaml")

@@ -151,7 +151,7 @@ def weights(config: Config, categories: list[dict[str, Any]], ema: nn.Module) ->
 def bare_model(config: Config, categories: list[dict[str, Any]]) -> DFine:
     """The model of a config, for weights from a checkpoint: timm does not look for its own."""
     bare = configs.override(config, ["model.backbone.pretrained=false", "model.backbone.weights="])
-    return DFine(bare.model, len(categories))
+    return DFine(bare.model, len(categories)).float()  # whatever precision a host program builds its own models in
 
 
 def load_model(path: str | Path) -> tuple[DFine, Config, list[dict[str, Any]]]:

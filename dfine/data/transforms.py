@@ -129,6 +129,7 @@ def _on_white(image: Image.Image) -> Image.Image:
         eight_bits = (pixels >> (_bits(pixels.max()) - 8)).clip(0, 255).astype(np.uint8)
         return Image.fromarray(eight_bits).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("LA") if image.mode == "La" else image  # to which alone Pillow converts it
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
@@ -205,10 +206,11 @@ def pad(pages: list[np.ndarray], stride: int) -> tuple[Tensor, Tensor]:
         images (B, 3, H, W) uint8, and sizes (B, 2) int64: h, w of each page
     """
     sizes = [page.shape[:2] for page in pages]
-    images = torch.zeros(len(pages), 3, *canvas_of(sizes, stride), dtype=torch.uint8)
+    # On the CPU, whatever device a host program has for its own tensors.
+    images = torch.zeros(len(pages), 3, *canvas_of(sizes, stride), dtype=torch.uint8, device="cpu")
     for image, page in zip(images, pages, strict=True):
         image[:, : page.shape[0], : page.shape[1]] = torch.from_numpy(page).permute(2, 0, 1)
-    return images, torch.tensor(sizes)
+    return images, torch.tensor(sizes, device="cpu")
 
 
 class Elastic(A.ElasticTransform):

@@ -71,7 +71,9 @@ class WorkerError(ValueError):
     """Pages cannot be loaded, and it is not the pages' fault."""
 
 
-NO_ROOM = "too many open files: raise the limit (ulimit -n 4096), or take fewer workers or smaller batches"
+FEWER = "or take fewer workers or smaller batches"
+NO_ROOM = f"too many open files: raise the limit (ulimit -n 4096), {FEWER}"
+NO_MEMORY = f"too little shared memory: raise its limit (docker run --shm-size 8g), {FEWER}"
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,26 @@ class WithRoom:
     collate: Callable[[Any], Any]
 
     def __call__(self, samples: Any) -> Any:
-        if get_worker_info() is not None and not has_room():
+        if get_worker_info() is None:
+            return self.collate(samples)
+        if not has_room():
             return WorkerError(f"loading pages failed: {NO_ROOM}")
-        return self.collate(samples)
+        batch = self.collate(samples)
+        try:
+            for tensor in tensors_of(batch):
+                tensor.share_memory_()  # on its way torch would do so, and lose the batch where there is too little
+        except RuntimeError as error:
+            cause = NO_ROOM if "open files" in str(error) else NO_MEMORY
+            return WorkerError(f"loading pages failed: {cause} ({error})")
+        return batch
+
+
+def tensors_of(batch: Any) -> Iterator[Tensor]:
+    if torch.is_tensor(batch):
+        yield batch
+    elif isinstance(batch, list | tuple):
+        for part in batch:
+            yield from tensors_of(part)
 
 
 # Files that a loader keeps open in this process for each of its workers: pipes, and the tensors of two batches.

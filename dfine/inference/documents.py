@@ -7,9 +7,11 @@ points: a box in points can be written into the file as the /Rect of an annotati
 """
 
 import os
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from itertools import count, islice
 from pathlib import Path
@@ -26,6 +28,10 @@ MAX_PIXELS = 36_000_000  # of a rendered page, as A4 has at 600 dpi; 108 MB. A l
 UNREAD = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow knows these, but reads none without help from others
 MARK = "with boxes drawn by dfine.predict"  # in the first bytes of its pictures, which are no pages to predict on
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the first bytes; + is BigTIFF
+
+PDFIUM = threading.Lock()  # two threads in this library at once crash the process, even in different files
+if hasattr(os, "register_at_fork"):  # a process that is forked meanwhile would wait for the lock for ever
+    os.register_at_fork(before=PDFIUM.acquire, after_in_parent=PDFIUM.release, after_in_child=PDFIUM.release)
 
 
 class PageLocation(NamedTuple):
@@ -204,8 +210,9 @@ def _tiff_pages(image: Image.Image) -> Iterator[int]:
             yield frame
 
 
-def _open_pdf(file: Path) -> Any:
-    """A `pypdfium2.PdfDocument`; as this library allows one thread alone, pages are read by processes."""
+@contextmanager
+def _open_pdf(file: Path) -> Iterator[Any]:
+    """A `pypdfium2.PdfDocument`. Other threads wait for its end: what is to be read side by side is for processes."""
     try:
         import pypdfium2
     except ImportError as error:
@@ -217,15 +224,16 @@ def _open_pdf(file: Path) -> Any:
         file.open("rb").close()
     except OSError as error:
         raise PageError(f"{file}: cannot read the PDF: {error.strerror}") from error
-    handle = raw.FPDF_LoadDocument(os.fsencode(file), None)
-    if not handle:
-        code = raw.FPDF_GetLastError()
-        if code == raw.FPDF_ERR_PASSWORD:
-            raise PageError(f"{file}: is locked by a password: save it without one first")
-        raise PageError(f"{file}: cannot read the PDF: {pypdfium2.internal.ErrorToStr.get(code, code)}")
-    pdf = pypdfium2.PdfDocument(handle)
-    pdf.init_forms()  # so that what is filled in is there
-    return pdf
+    with PDFIUM:
+        handle = raw.FPDF_LoadDocument(os.fsencode(file), None)
+        if not handle:
+            code = raw.FPDF_GetLastError()
+            if code == raw.FPDF_ERR_PASSWORD:
+                raise PageError(f"{file}: is locked by a password: save it without one first")
+            raise PageError(f"{file}: cannot read the PDF: {pypdfium2.internal.ErrorToStr.get(code, code)}")
+        with pypdfium2.PdfDocument(handle) as pdf:
+            pdf.init_forms()  # so that what is filled in is there
+            yield pdf
 
 
 def _render(location: PageLocation, dpi: float) -> PagePixels:

@@ -19,7 +19,7 @@ from dfine.data.sources import Source
 from dfine.data.transforms import PageError, as_page, model_size, pad, sized
 from dfine.data.workers import PageLoader
 from dfine.inference import DEDUPE, DPI, THRESHOLD
-from dfine.inference.documents import PageLocation, boxes_in_points, is_one_page, list_pages, read
+from dfine.inference.documents import PageLocation, PagePixels, boxes_in_points, is_one_page, list_pages, read
 from dfine.inference.evaluation import answer, finite, without_doubles
 from dfine.inference.pictures import draw, grid, headed
 from dfine.inference.windows import Box, best_seen_here, is_long, windows_of
@@ -125,10 +125,11 @@ class Detector:
             raise ValueError(f"batch_size and dpi must be positive, found {batch_size} and {dpi}")
         loader: Iterable[Any] = PageLoader(
             Reader(self.data, dpi, tiles),
-            sampler=enumerate(_one_by_one(pages, numbers)),
+            sampler=_one_by_one(pages, numbers),
             batch_size=None,
             num_workers=workers,
             collate_fn=as_it_is,
+            generator=torch.Generator(torch.get_default_device()),  # or each call would change a host's random numbers
         )
         return self._stream(loader, threshold, dedupe, batch_size, on_error)
 
@@ -180,7 +181,7 @@ class Detector:
             boxes, parts = [window.box for window in page.windows], []
             for index, (x1, y1, _, _) in enumerate(boxes):
                 part = finite(next(answers), str(page))
-                part = part._replace(boxes=part.boxes + torch.tensor([x1, y1, x1, y1]))
+                part = part._replace(boxes=part.boxes + part.boxes.new_tensor([x1, y1, x1, y1]))
                 kept = (part.scores >= threshold) & best_seen_here(part.boxes, boxes, index)
                 parts.append(Detections(*(x[kept] for x in part)))
             found = Detections(*(torch.cat(x) for x in zip(*parts, strict=True)))
@@ -254,10 +255,7 @@ class Reader(Dataset):
         number, page = item
         location = page if isinstance(page, PageLocation) else None
         try:
-            if location is not None:
-                pixels, to_points = read(location.file, location.page, self.dpi)
-            else:
-                pixels, to_points = as_array(page, number), None
+            pixels, to_points = read(*location, self.dpi) if location else PagePixels(as_array(page, number), None)
         except PageError as error:
             return Failed(error)
         height, width = pixels.shape[:2]
@@ -297,10 +295,17 @@ def as_it_is(page: Any) -> Any:
     return page
 
 
-def _one_by_one(pages: Iterable[Any], numbers: str) -> Iterator[Any]:
-    return chain.from_iterable(
+def _one_by_one(pages: Iterable[Any], numbers: str) -> Iterator[tuple[int, Any]]:
+    """Numbered from 0. PIL images become arrays here: on the way to a worker they would lose how many bits they had."""
+    located = chain.from_iterable(
         list_pages([Path(page)], numbers) if isinstance(page, str | Path) else [page] for page in pages
     )
+    for number, page in enumerate(located):
+        try:
+            item = as_array(page, number) if isinstance(page, Image.Image) else page
+        except PageError as error:
+            item = error
+        yield number, item
 
 
 def beside_truth(model: DFine, pages: Source, index: int, config: DataConfig) -> np.ndarray:

@@ -53,7 +53,7 @@ def best_seen_here(boxes: Tensor, windows: list[Box], index: int) -> Tensor:
         boxes: (K, 4) xyxy pixels of the page. index: of the window among all.
     """
     along = 0 if windows[0][0] != windows[-1][0] else 1
-    starts, ends = (torch.tensor([window[side] for window in windows]).float() for side in (along, along + 2))
+    starts, ends = (boxes.new_tensor([window[side] for window in windows]) for side in (along, along + 2))
     slack = SLACK * (ends[0] - starts[0])
     room = torch.minimum(boxes[:, along, None] - starts, ends - boxes[:, along + 2, None])  # (K, windows)
     return room[:, index] >= room.amax(1) - slack

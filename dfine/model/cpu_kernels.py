@@ -45,15 +45,16 @@ def cells_around(
     Args: see `deformable_attention`.
     """
     batch, cells, heads, _ = value.shape
+    whole: dict[str, Any] = {"dtype": torch.int32, "device": value.device}
     starts = [sum(h * w for h, w in shapes[:level]) for level in range(len(shapes))]
     height, columns, start = (  # (P,) each; in an ONNX file sides are known when it runs
-        torch.cat([torch.full((p,), number, dtype=torch.int32) for number, p in zip(numbers, points, strict=True)])
+        torch.cat([torch.full((p,), number, **whole) for number, p in zip(numbers, points, strict=True)])
         for numbers in (*zip(*shapes, strict=True), starts)
     )
     x, left, right = between_cells(locations[..., 0], columns)  # (B, Q, heads, P) each
     y, upper, lower = between_cells(locations[..., 1], height)
-    page = torch.arange(batch, dtype=torch.int32)[:, None, None, None] * cells
-    row = (page + start + y * columns + x) * heads + torch.arange(heads, dtype=torch.int32)[:, None]
+    page = torch.arange(batch, **whole)[:, None, None, None] * cells
+    row = (page + start + y * columns + x) * heads + torch.arange(heads, **whole)[:, None]
     down = columns * heads
     rows = torch.cat([row, row + heads, row + down, row + down + heads], dim=-1)  # (B, Q, heads, 4 P)
     rows = rows.clamp_(0, batch * cells * heads - 1)  # a cell outside its map has share 0: any row will do

@@ -24,7 +24,7 @@ class DeformableAttention(nn.Module):
         total = sum(points)
         self.offsets = nn.Linear(dim, heads * total * 2)
         self.weights = nn.Linear(dim, heads * total)
-        scale = torch.cat([torch.full((p, 1), 0.5 / p) for p in points])  # (P, 1)
+        scale = torch.cat([torch.full((p, 1), 0.5 / p, dtype=torch.float32) for p in points])  # (P, 1)
         self.register_buffer("point_scale", scale, persistent=False)
         for layer in (self.offsets, self.weights):
             nn.init.zeros_(layer.weight)

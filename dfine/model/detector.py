@@ -85,7 +85,7 @@ class DFine(nn.Module):
         valid_ratio = None
         if sizes is not None:
             sizes = sizes.to(images.device, non_blocking=True)
-            valid_ratio = torch.stack([sizes[:, 1] / width, sizes[:, 0] / height], dim=-1)  # (B, 2)
+            valid_ratio = torch.stack([sizes[:, 1].float() / width, sizes[:, 0].float() / height], dim=-1)  # (B, 2)
             on_page = [cells_on_page((height, width), sizes, stride) for stride in self.strides]  # (B, cells) each
             memory = memory * torch.cat(on_page, dim=1)[..., None]
 

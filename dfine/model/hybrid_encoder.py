@@ -82,7 +82,7 @@ def sincos_positions(height: int, width: int, dim: int, device: torch.device | N
     The original flattens this grid column-major under row-major tokens, which on a map that is not square gives
     a cell the position of another one; on squares the two are the same numbers.
     """
-    frequencies = 10000.0 ** -(torch.arange(dim // 4, device=device) / (dim // 4))
+    frequencies = 10000.0 ** -(torch.arange(dim // 4, device=device, dtype=torch.float32) / (dim // 4))
     row, column = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
     row, column = row.flatten()[:, None] * frequencies, column.flatten()[:, None] * frequencies
     return torch.cat([row.sin(), row.cos(), column.sin(), column.cos()], dim=-1)

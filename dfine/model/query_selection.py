@@ -72,8 +72,8 @@ class QuerySelection(nn.Module):
         levels = []
         for level, ((height, width), stride) in enumerate(zip(shapes, self.strides, strict=True)):
             page: Any = (height * stride, width * stride) if sizes is None else sizes.view(-1, 2, 1, 1).unbind(1)
-            rows = torch.arange(height, device=like.device)[:, None]
-            columns = torch.arange(width, device=like.device)
+            rows = torch.arange(height, device=like.device, dtype=torch.float32)[:, None]
+            columns = torch.arange(width, device=like.device, dtype=torch.float32)
             y, x = (rows + 0.5) * stride / page[0], (columns + 0.5) * stride / page[1]  # (B, H, 1), (B, 1, W)
             centres = torch.stack(torch.broadcast_tensors(x, y), dim=-1).view(-1, height * width, 2)
             levels.append(torch.cat([centres, torch.full_like(centres, 0.05 * 2**level)], dim=-1))

@@ -209,6 +209,12 @@ def test_white_is_white_in_greys_of_16_bits_with_transparency(tmp_path: Path, bi
     assert (found[0].max(), found[5].min()) == (0, 255)
 
 
+@pytest.mark.parametrize("mode", ["RGBa", "La"])
+def test_colours_that_are_multiplied_with_their_opacity_are_laid_on_white(mode: str) -> None:
+    page = rgba(51) if mode == "RGBa" else rgba(51).convert("LA")
+    np.testing.assert_allclose(as_page(page.convert(mode)), as_page(page), atol=3)
+
+
 @pytest.mark.parametrize("size", [(0, 10), (10, 0)])
 def test_an_image_without_pixels_is_no_page(size: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="it has no pixels"):

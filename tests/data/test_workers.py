@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from coco_folder import annotation, image, write
-from processes import ends, gone, launch
+from processes import at_most, ends, gone, launch
 from torch.utils.data import Dataset
 
 from dfine.config import Config, ConfigError, DataConfig
@@ -64,6 +64,17 @@ def test_too_few_open_files_are_an_error_that_says_what_to_do_and_no_wait_for_ev
     assert ends(processes) == [0]
     expected = "4 batches" if spare == 60 else r"loading pages failed: too many open files: raise the limit \(ulimit.*"
     assert re.fullmatch(expected, (tmp_path / "said").read_text())
+
+
+def loads_with_little_memory(folder: Path) -> None:
+    source = CocoPages(*write(folder, [image(i) for i in range(4)], []))
+    loader = evaluation_loader(source, Config(data=SMALL))
+    with at_most(10_000), pytest.raises(WorkerError, match=r"too little shared memory: raise its limit"):
+        list(loader)  # the limit is on files in memory, too
+
+
+def test_too_little_shared_memory_is_an_error_that_says_what_to_do_and_no_wait_for_ever(tmp_path: Path) -> None:
+    assert ends(launch(loads_with_little_memory, tmp_path, count=1)) == [0]
 
 
 def asks_for_room(folder: Path, soft: int, hard: int, workers: int) -> None:

@@ -1,7 +1,9 @@
 """Files with pages: which they have, the right pixels, and where these are in points."""
 
+import multiprocessing
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from pdf import RED, write_pdf
 from PIL import Image, TiffImagePlugin
+from processes import ends, launch
 from tiny import drawn_page
 
 from dfine.data.transforms import PageError
@@ -93,6 +96,27 @@ def test_what_is_filled_into_a_form_is_on_the_page(tmp_path: Path) -> None:
     (tmp_path / "b.pdf").write_text(filled)
     assert not (read(tmp_path / "a.pdf").pixels == (255, 0, 0)).all(-1).any()
     assert red_box(read(tmp_path / "b.pdf", dpi=72).pixels).tolist() == [[20, 80, 60, 90]]
+
+
+def read_over_and_over(file: Path) -> None:
+    """Reads in many threads; ends well if all saw the page, and a process that is forked meanwhile sees it, too."""
+    read(file)  # imports the library
+    with ThreadPoolExecutor(8) as threads:
+        found = [threads.submit(lambda: red_box(read(file).pixels).tolist()) for _ in range(2000)]
+        found[100].result()
+        forked = multiprocessing.get_context("fork").Process(target=read, args=(file,))
+        forked.start()
+        forked.join(timeout=30)
+        forked.kill()
+    assert forked.exitcode == 0
+    assert {str(place.result()) for place in found} == {"[[40.0, 160.0, 120.0, 180.0]]"}
+
+
+@needs_pdfium
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_threads_read_pdfs_one_after_the_other(tmp_path: Path) -> None:
+    write_pdf(tmp_path / "a.pdf", [(PAGE, RED)])
+    assert ends(launch(read_over_and_over, tmp_path / "a.pdf", count=1)) == [0]
 
 
 @needs_pdfium

@@ -26,7 +26,7 @@ from dfine.config import Config, DataConfig
 from dfine.data.sources import SyntheticPages
 from dfine.data.transforms import PageError, fit, pad, resize
 from dfine.data.workers import PageLoader
-from dfine.inference import DEDUPE
+from dfine.inference import DEDUPE, pages
 from dfine.inference.documents import list_pages
 from dfine.inference.pages import Detector, as_it_is, beside_truth
 from dfine.inference.pictures import draw
@@ -230,6 +230,13 @@ def test_worker_processes_change_nothing(best: Path, documents: Path) -> None:
         np.testing.assert_array_equal(own.boxes, theirs.boxes)
 
 
+def test_images_of_16_bits_are_the_same_to_worker_processes(best: Path, tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "page.png"), drawn_page().astype(np.uint16) * 4)  # colours of 10 bits
+    detector = dfine.load(best, "cpu")
+    own, theirs = (detector([Image.open(tmp_path / "page.png")], 0.0, workers=workers)[0] for workers in (0, 1))
+    np.testing.assert_array_equal(theirs.boxes, own.boxes)
+
+
 def test_another_programs_signal_handlers_stay_and_pages_are_read_in_any_thread(best: Path) -> None:
     detector, numbers = dfine.load(best, "cpu"), [signal.SIGCHLD, signal.SIGINT, signal.SIGTERM]
     before = [signal.getsignal(number) for number in numbers]
@@ -245,6 +252,41 @@ def test_another_programs_signal_handlers_stay_and_pages_are_read_in_any_thread(
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
     np.testing.assert_array_equal(found.boxes, again.boxes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_programs_precision_changes_nothing(best: Path, dtype: torch.dtype) -> None:
+    detector = dfine.load(best, "cpu")
+    expected = detector(drawn_page(), 0.0)
+    torch.set_default_dtype(dtype)
+    try:
+        found = [detector(drawn_page(), 0.0), dfine.load(best, "cpu")(drawn_page(), 0.0)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for own in found:
+        np.testing.assert_array_equal(own.boxes, expected.boxes)
+
+
+@pytest.mark.filterwarnings("ignore:page 0")
+@pytest.mark.parametrize("tiles", [False, True])
+def test_another_programs_device_changes_nothing(best: Path, monkeypatch: pytest.MonkeyPatch, tiles: bool) -> None:
+    detector, page = dfine.load(best, "cpu"), drawn_page(300, 60)
+    expected = detector(page, 0.0, tiles=tiles)
+    # What is made on `meta` by mistake cannot be computed with. torch's own loader and random numbers cannot, either.
+    monkeypatch.setattr(pages, "PageLoader", lambda reader, sampler, **_: map(reader.__getitem__, sampler))
+    monkeypatch.setattr(torch, "Generator", lambda device: device)
+    torch.set_default_device("meta")
+    try:
+        found = detector(page, 0.0, tiles=tiles)
+    finally:
+        torch.set_default_device(None)
+    np.testing.assert_array_equal(found.boxes, expected.boxes)
+
+
+def test_another_programs_random_numbers_stay(best: Path) -> None:
+    detector, state = dfine.load(best, "cpu"), torch.get_rng_state()
+    detector([drawn_page(), drawn_page()], 0.0)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 class Threads(Dataset):
