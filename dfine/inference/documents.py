@@ -73,6 +73,8 @@ def list_pages(paths: Iterable[Path], numbers: str = "") -> Iterator[PageLocatio
         for file in _files_in(path, errors):
             if file.suffix.lower() not in endings():
                 others[file.suffix.lower() or "without an ending"] += 1
+            elif file.is_fifo():  # reading it would wait for ever
+                others["pipes"] += 1
             elif MARK.encode() in _head(file):
                 others[MARK] += 1
             else:

@@ -328,8 +328,9 @@ class Run:
         best, predictions, folder = (
             shlex.quote(str(path)) for path in (self.folder / "best.pt", self.folder / "predictions", self.folder)
         )
+        ap = "" if self.ap is None else f", AP {self.best:.3f}"
         return (
-            f"done: {best} has the best weights, AP {self.best:.3f}; what next:\n"
+            f"done: {best} has the best weights{ap}; what next:\n"
             f"  python evaluate.py --checkpoint {best}\n"
             f"  python -m dfine.predict --checkpoint {best} FILE_OR_FOLDER --out {predictions}\n"
             f"  tensorboard --logdir {folder}"

@@ -271,6 +271,13 @@ def test_how_many_files_were_passed_over_is_said(tmp_path: Path) -> None:
         assert listed(tmp_path) == ["page.png:1"]
 
 
+def test_a_pipe_in_a_folder_is_passed_over_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    Image.fromarray(drawn_page()).save(tmp_path / "page.png")
+    with pytest.warns(UserWarning, match=r"passed over 1 files that are no pages: 1 pipes$"):
+        assert listed(tmp_path) == ["page.png:1"]
+
+
 def test_a_folder_without_pages_is_named(tmp_path: Path) -> None:
     (tmp_path / "own.png").write_bytes(MARK.encode())
     (message,) = listed(tmp_path)
