@@ -27,7 +27,11 @@ def arguments() -> argparse.Namespace:
         help="drop boxes that overlap a better one by more, as predict does with 0.7 (default: none are dropped)",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as data.val.images=pages/test")
-    return parser.parse_intermixed_args()
+    options = parser.parse_intermixed_args()
+    taken = [text for text in options.classes or () if text.startswith(("data.", "train.", "run_dir="))]
+    if taken:
+        parser.error(f"--classes takes all that follows it: move {taken[0]} before it")
+    return options
 
 
 if __name__ == "__main__":

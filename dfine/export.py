@@ -1,6 +1,6 @@
 """Gives a model to other programs: `python -m dfine.export --checkpoint runs/NAME/best.pt --format FORMAT --out PATH`.
 
-    onnx          a file for onnxruntime and others, of any model; what is in it is said below
+    onnx          a file for onnxruntime, OpenVINO and others, of any model; what is in it is said below
     transformers  config.json, preprocessor_config.json and model.safetensors, for `DFineForObjectDetection`
     original      model.pth, the weights as the original implementation has them; classes by number
     ours          a file such as model.pt for all commands here, less than half as large: in bf16 and compressed
@@ -12,8 +12,7 @@ data.sizing=squash and, for pages in portrait, data.squash_aspect=1.45 (height /
 An ONNX file has
 
     in   images     (B, 3, H, W) uint8 RGB; H and W are multiples of the last stride (32), padding is 0, right and below
-                   on other canvases runtimes fail, at a node whose name says why
-         sizes      (B, 2) int64: valid height, width of each page on that canvas; runtimes fail where they exceed it
+         sizes      (B, 2) int64: valid height, width of each page on that canvas
          originals  (B, 2) int64: height, width that boxes are wanted in, such as those of the scans
     out  scores     (B, K) float32 from 0 to 1, the best first; K is 300 unless queries times classes are fewer
          labels     (B, K) int64, indices into `categories`
@@ -30,7 +29,9 @@ and metadata, which are texts:
 
 One file takes any number of pages and any canvas. Only pages that need the same canvas should go into one call: on a
 larger canvas convolutions read more padding, and scores change a little. Deformable attention is written as reads of
-four cells, without GridSample, which TensorRT computes wrongly.
+four cells, without GridSample, which TensorRT computes wrongly. On a canvas or with sizes that are not as said here
+onnxruntime fails, at a node whose name says why; OpenVINO gives wrong boxes. On CPUs that multiply bf16 OpenVINO does
+so of its own accord, in the decoder too, which spoils the boxes: set INFERENCE_PRECISION_HINT to f32.
 """
 
 import argparse

@@ -186,6 +186,14 @@ def test_a_mistake_ends_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert stopped.value.code == f"error: {tmp_path / 'none.pt'}: no such checkpoint"
 
 
+def test_settings_that_would_be_taken_for_classes_are_a_mistake(
+    script: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        script("--checkpoint", "best.pt", "--classes", "Title=title", "data.val.images=pages")
+    assert "--classes takes all that follows it: move data.val.images=pages before it" in capsys.readouterr().err
+
+
 # Published weights, whose classes have numbers from 0
 
 

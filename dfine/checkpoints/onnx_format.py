@@ -102,7 +102,8 @@ def write(path: Path, model: DFine, config: Config, categories: list[dict[str, A
 def refuse_other_canvases(graph: Any, stride: int) -> None:
     """Lets a runtime fail, instead of giving other boxes, on canvases and sizes that are not as described.
 
-    ONNX has no assertion: a Gather looks up what is wrong in a list of one number, which fails unless that is 0.
+    ONNX has no assertion: a Gather looks up what is wrong in a list of one number, which fails unless that is 0. Not
+    in OpenVINO, which takes 0 for what a list lacks.
     """
     import onnx_ir
 

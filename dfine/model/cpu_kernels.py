@@ -90,7 +90,7 @@ class DepthwiseConv2d(nn.Conv2d):
     """`nn.Conv2d` whose backward pass on a CPU is `DepthwiseConvolution`'s."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" or not torch.is_grad_enabled():
             return super().forward(x)
         return DepthwiseConvolution.apply(x, self.weight, self.bias, self.stride[0], self.padding)
 
@@ -99,7 +99,7 @@ class DepthwiseConv2dSame(Conv2dSame):
     """The same of timm's convolution with TensorFlow's padding."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" or not torch.is_grad_enabled():
             return super().forward(x)
         x = pad_same(x, [*self.kernel_size], [*self.stride], [*self.dilation])
         return DepthwiseConvolution.apply(x, self.weight, self.bias, self.stride[0], (0, 0))

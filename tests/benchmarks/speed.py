@@ -2,11 +2,12 @@
 
 Prints a Markdown table: GFLOPs (counted; a product and its sum are 2), latency of one page, and
 throughput in batches of eight, for the model as it was trained (eager), `deploy()`, `deploy(fast=True)`, its ONNX file
-in onnxruntime, and the D-FINE of transformers (eager). They run in turns in one process. Ours are timed from uint8
-pixels to detections, transformers without its pre- and postprocessing. Weights are random. It needs the extras `export`
-and `bench`, and a machine with nothing else to do.
+in onnxruntime and OpenVINO, and the D-FINE of transformers (eager). They run in turns in one process. Ours are timed
+from uint8 pixels to detections, transformers without its pre- and postprocessing. Weights are random. It needs the
+extras `export` and `bench`, and a machine with nothing else to do.
 
-The ratios are times as shares of those of transformers. Whether `deploy(fast=True)` is in bf16 depends on the CPU.
+The ratios are times as shares of those of transformers. Whether `deploy(fast=True)` is in bf16 depends on the CPU;
+OpenVINO is told not to be, since it would round where attention reads as well.
 """
 
 import argparse
@@ -73,8 +74,9 @@ def ways(settings: Config, folder: Path) -> dict[str, Run]:
     queries = settings.model.decoder.queries
     eager, deployed = (built(settings, queries, CPU).eval() for _ in range(2))
     categories = [{"id": i, "name": f"class {i}"} for i in range(CLASSES)]
-    if not (folder / "model.onnx").exists():
-        onnx_format.write(folder / "model.onnx", eager, settings, categories)
+    file = folder / "model.onnx"
+    if not file.exists():
+        onnx_format.write(file, eager, settings, categories)
     if settings.model.backbone.name.startswith("hgnetv2"):  # for these it has a backbone of its own
         one_size = configs.override(settings, ["data.sizing=squash"])
         transformers_format.write(folder / "published", eager, one_size, categories)
@@ -85,9 +87,18 @@ def ways(settings: Config, folder: Path) -> dict[str, Run]:
         "eager": partial(ours, eager),
         "deploy()": partial(ours, deployed.deploy()),
         "deploy(fast=True)": partial(ours, built(settings, queries, CPU).deploy(fast=True)),
-        "onnxruntime": partial(ours, OnnxModel(folder / "model.onnx", "cpu")),
+        "onnxruntime": partial(ours, OnnxModel(file, "cpu")),
+        "OpenVINO": in_openvino(file),
         PEER: lambda batch: peer(pixel_values=eager.normalise(batch.images, None)),
     }
+
+
+def in_openvino(file: Path) -> Run:
+    import openvino
+
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    model = openvino.compile_model(file, "CPU", settings)
+    return lambda batch: model([batch.images.numpy(), batch.sizes.numpy(), [target.size for target in batch.targets]])
 
 
 def ours(model: Any, batch: Batch) -> Any:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", reason="needs the extra `bench`")
+pytest.importorskip("openvino", reason="needs the extra `bench`")
 pytest.importorskip("onnxruntime", reason="needs the extra `export`")
 
 import speed
@@ -20,7 +21,8 @@ def test_every_way_is_timed_on_one_page_and_on_eight_beside_transformers(monkeyp
     monkeypatch.setitem(speed.MODELS, "tiny", speed.Entry(overrides=TINY, size=(64, 96)))
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in speed.rows("tiny", [1], repeats=1)]
-    assert [line[3] for line in lines] == ["eager", "deploy()", "deploy(fast=True)", "onnxruntime", speed.PEER]
+    torchs, others = ["eager", "deploy()", "deploy(fast=True)"], ["onnxruntime", "OpenVINO", speed.PEER]
+    assert [line[3] for line in lines] == torchs + others
     assert all(line[:3] == ["tiny, 64x96", lines[0][1], "1"] and len(line) == 8 for line in lines)
     assert all(float(number) > 0 for line in lines for number in line[4:])
     assert lines[-1][5] == lines[-1][7] == "1.00"

@@ -74,6 +74,11 @@ def test_weights_of_another_model_are_refused_with_key_and_both_values(
     assert said in str(error.value)
 
 
+def test_what_follows_from_a_key_is_not_named_with_it(checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(CheckpointError, match=r"config's: model\.hidden_dim is 64, there 32$"):
+        start(checkpoints["ours"], "model.hidden_dim=64")  # the encoder's width follows
+
+
 @pytest.mark.parametrize(
     ("kind", "change"),
     [

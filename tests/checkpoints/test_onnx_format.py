@@ -43,6 +43,10 @@ def model() -> DFine:
     return shaken(tiny_model(backbone="test_resnet", layers=2)).eval()
 
 
+def depthwise() -> DFine:
+    return shaken(tiny_model(backbone="test_convnext", layers=2)).eval()
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A checkpoint, and the ONNX file that `python -m dfine.export` makes of it."""
@@ -54,6 +58,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         patch.setattr(sys, "argv", list(map(str, line)))
         export.main()
     return best, exported
+
+
+@pytest.fixture(scope="module")
+def half_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of another model: ConvNeXt's layer norms and depthwise convolutions have types of their own."""
+    path = tmp_path_factory.mktemp("half") / "half.onnx"
+    onnx_format.write(path, depthwise(), Config(model=depthwise().config, data=DATA), CATEGORIES, half=True)
+    return path
 
 
 def pages(height: int, width: int, count: int = 1) -> Tensor:
@@ -239,11 +251,12 @@ def test_evaluate_gives_the_checkpoints_metrics(
     assert metrics[1]["AP"] > 0.1
 
 
-def test_half_precision_is_computed_in_but_not_for_boxes_and_ranking(files: tuple[Path, Path], tmp_path: Path) -> None:
-    onnx_format.write(tmp_path / "half.onnx", model(), Config(model=MODEL, data=DATA), CATEGORIES, half=True)
-    file = onnx.load(tmp_path / "half.onnx")
+def test_half_precision_is_computed_in_but_not_for_boxes_and_ranking(half_file: Path) -> None:
+    file, whole = onnx.load(half_file), depthwise()
     onnx.checker.check_model(file, full_check=True)
-    assert (tmp_path / "half.onnx").stat().st_size < 0.75 * files[1].stat().st_size
+    weights = sum(tensor.nbytes for tensor in whole.state_dict().values())
+    stored = sum(onnx.numpy_helper.to_array(tensor).nbytes for tensor in file.graph.initializer)
+    assert stored < 0.7 * weights
     typed = {
         value.name: value.type.tensor_type.elem_type
         for value in onnx.shape_inference.infer_shapes(file).graph.value_info
@@ -253,14 +266,27 @@ def test_half_precision_is_computed_in_but_not_for_boxes_and_ranking(files: tupl
     assert {dtype for kind, dtype in kinds if kind == "Conv"} == {half}
     for kind in ("TopK", "Floor", "Log"):  # ranking and LQE's best bins, where attention reads, boxes
         assert {dtype for other, dtype in kinds if other == kind} == {single}, kind
-    assert kinds.count(("Softmax", single)) >= 3 * MODEL.decoder.layers  # where to read, FDR, LQE
+    assert kinds.count(("Softmax", single)) >= 3 * whole.config.decoder.layers  # where to read, FDR, LQE
     sizes = [(90, 64), (96, 50)]
     images = pages(96, 64, len(sizes))
-    found, expected = (
-        OnnxModel(path)(images, torch.tensor(sizes), sizes) for path in (tmp_path / "half.onnx", files[1])
-    )
-    for own, theirs in zip(found, expected, strict=True):
+    with torch.inference_mode():
+        expected = answer(whole, images, torch.tensor(sizes), sizes)
+    for own, theirs in zip(OnnxModel(half_file)(images, torch.tensor(sizes), sizes), expected, strict=True):
         check(own, theirs, scores=5e-3, boxes=0.1)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["fp32", "half"])
+def test_openvino_finds_what_the_deployed_model_finds(files: tuple[Path, Path], half_file: Path, half: bool) -> None:
+    openvino = pytest.importorskip("openvino", reason="needs the extra: pip install 'dfine[bench]'")
+    runtime = openvino.compile_model(half_file if half else files[1], "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    whole, scores, boxes = (depthwise(), 5e-3, 0.1) if half else (model(), 1e-4, 1e-3)
+    for canvas, sizes in [((96, 64), [(90, 64), (96, 33)]), ((64, 128), [(64, 128)])]:
+        images = pages(*canvas, len(sizes))
+        with torch.inference_mode():
+            expected = answer(whole.deploy(), images, torch.tensor(sizes), sizes)
+        answers = runtime([images.numpy(), np.array(sizes), np.array(sizes)]).to_tuple()
+        for own, theirs in zip(zip(*map(torch.from_numpy, answers), strict=True), expected, strict=True):
+            check(Detections(*own), theirs, scores, boxes)
 
 
 def test_a_file_that_cannot_be_used_is_named(files: tuple[Path, Path], tmp_path: Path) -> None:

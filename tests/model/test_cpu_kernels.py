@@ -60,6 +60,12 @@ def test_in_half_precision_the_gradients_are_nearly_those_in_full(kernel: int, s
         torch.testing.assert_close(half.float(), full, atol=0.02 * float(full.abs().max()), rtol=0)
 
 
+def test_without_gradients_half_precision_is_the_one_asked_for():
+    _, ours = (conv.float() for conv in pair())
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        assert ours(torch.zeros(1, 4, 8, 8)).dtype == torch.float16
+
+
 def test_frozen_weights_get_no_gradient_and_the_input_does():
     theirs, ours = pair()
     x = torch.randn(1, 4, 8, 8, dtype=torch.float64)
