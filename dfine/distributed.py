@@ -1,8 +1,11 @@
 """One process or many: the few things that differ. Imports nothing of ours."""
 
+import mmap
 import os
+import pickle
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -106,13 +109,16 @@ def any_process(flag: bool) -> bool:
     return bool(flags)
 
 
-def gather(item: Any) -> list[Any]:
-    """Every process's item, in order of rank, in every process."""
-    items: list[Any] = [None] * world_size()
+def gather(item: Any, to: int | None = None) -> list[Any]:
+    """Every process's item, in order of rank, in every process; with `to` only in that one, none in the others."""
     if world_size() == 1:
         return [item]
-    dist.all_gather_object(items, item, group=_waiting)
-    return items
+    items: list[Any] = [None] * world_size()
+    if to is None:
+        dist.all_gather_object(items, item, group=_waiting)
+        return items
+    dist.gather_object(item, items if to == rank() else None, dst=to, group=_waiting)
+    return items if to == rank() else []
 
 
 def on_main(work: Callable[[], T]) -> T:
@@ -131,6 +137,40 @@ def on_main(work: Callable[[], T]) -> T:
     if isinstance(outcome, ValueError):
         raise outcome
     return outcome
+
+
+def once_a_machine(work: Callable[[], T]) -> T:
+    """What one process of each machine gets from `work`, in all: they share the memory of its arrays.
+
+    Raises:
+        ValueError, OSError: in every process, where `work` raises one.
+    """
+    if world_size() == 1:
+        return work()
+    outcome: Any = None
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    with tempfile.NamedTemporaryFile(prefix="dfine-") as file:
+        if local == 0:
+            try:
+                arrays: list[pickle.PickleBuffer] = []
+                file.write(pickle.dumps(work(), 5, buffer_callback=arrays.append))
+                places = []
+                while arrays:
+                    file.seek(-file.tell() % 64, os.SEEK_CUR)  # numpy is slow with odd places
+                    places.append((file.tell(), file.write(arrays.pop(0).raw())))
+                file.flush()
+                outcome = file.name, places
+            except (ValueError, OSError) as error:
+                outcome = error
+        outcomes = gather(outcome)
+        for each in outcomes:
+            if isinstance(each, Exception):
+                raise each
+        name, places = outcomes[rank() - local]  # torchrun counts a machine's processes one after the other
+        with open(name, "rb") as shared:
+            memory = memoryview(mmap.mmap(shared.fileno(), 0, access=mmap.ACCESS_READ))
+        gather(None)  # all have opened it: now it can go
+    return pickle.loads(memory, buffers=[memory[start : start + size] for start, size in places])
 
 
 def broadcast_buffers(module: torch.nn.Module) -> None:
