@@ -127,46 +127,46 @@ def on_main(work: Callable[[], T]) -> T:
     Raises:
         ValueError: in every process, where `work` raises one.
     """
-    outcome: T | ValueError | None = None
-    if is_main():
+    return _outcomes(work if is_main() else None)[0]
+
+
+def _outcomes(work: Callable[[], Any] | None) -> list[Any]:
+    """What every process gets from its work, if it has some; see `on_main`."""
+    outcome = None
+    if work is not None:
         try:
             outcome = work()
         except ValueError as error:
             outcome = error
-    outcome = gather(outcome)[0]
-    if isinstance(outcome, ValueError):
-        raise outcome
-    return outcome
+    outcomes = gather(outcome)
+    for each in outcomes:
+        if isinstance(each, ValueError):
+            raise each
+    return outcomes
 
 
 def once_a_machine(work: Callable[[], T]) -> T:
-    """What one process of each machine gets from `work`, in all: they share the memory of its arrays.
+    """What one process of each machine gets from `work`, in all: its arrays are in memory that they share.
 
     Raises:
-        ValueError, OSError: in every process, where `work` raises one.
+        ValueError: in every process, where `work` raises one.
     """
     if world_size() == 1:
         return work()
-    outcome: Any = None
     local = int(os.environ.get("LOCAL_RANK", 0))
     with tempfile.NamedTemporaryFile(prefix="dfine-") as file:
-        if local == 0:
-            try:
-                arrays: list[pickle.PickleBuffer] = []
-                file.write(pickle.dumps(work(), 5, buffer_callback=arrays.append))
-                places = []
-                while arrays:
-                    file.seek(-file.tell() % 64, os.SEEK_CUR)  # numpy is slow with odd places
-                    places.append((file.tell(), file.write(arrays.pop(0).raw())))
-                file.flush()
-                outcome = file.name, places
-            except (ValueError, OSError) as error:
-                outcome = error
-        outcomes = gather(outcome)
-        for each in outcomes:
-            if isinstance(each, Exception):
-                raise each
-        name, places = outcomes[rank() - local]  # torchrun counts a machine's processes one after the other
+
+        def write() -> tuple[str, list[tuple[int, int]]]:
+            arrays: list[pickle.PickleBuffer] = []
+            file.write(pickle.dumps(work(), 5, buffer_callback=arrays.append))
+            places = []
+            for array in arrays:
+                file.seek(-file.tell() % 64, os.SEEK_CUR)  # numpy is slow with odd places
+                places.append((file.tell(), file.write(array.raw())))
+            file.flush()
+            return file.name, places
+
+        name, places = _outcomes(None if local else write)[rank() - local]  # torchrun numbers one machine after another
         with open(name, "rb") as shared:
             memory = memoryview(mmap.mmap(shared.fileno(), 0, access=mmap.ACCESS_READ))
         gather(None)  # all have opened it: now it can go

@@ -58,9 +58,8 @@ class CocoPages:
 
     def __init__(self, images: str | Path, annotations: str | Path, may_lack: bool = False) -> None:
         self.images, self.annotations = Path(images), Path(annotations)
-        coco = read_coco(self.annotations)
-        self.categories, things = coco.categories, coco.annotations
-        files = [page["file_name"] for page in coco.images]
+        entries, self.categories, things = read_coco(self.annotations)
+        files = [page["file_name"] for page in entries]
         missing = [file for file in files if not os.path.isfile(self.images / file)]  # False for any odd name
         if missing and not may_lack:
             names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
@@ -68,8 +67,8 @@ class CocoPages:
 
         # Flat arrays, not lists of objects: processes share them without copying.
         self.files = np.array([file.encode("utf-8", "surrogatepass") for file in files])
-        self.ids = np.array([page["id"] for page in coco.images])
-        self.sizes = np.array([(page["height"], page["width"]) for page in coco.images])
+        self.ids = np.array([page["id"] for page in entries])
+        self.sizes = np.array([(page["height"], page["width"]) for page in entries])
         boxes, kept, clipped = clip(things.xywh, self.sizes[things.pages])
         self.clipped, self.dropped = (int((x & ~things.crowds).sum()) for x in (clipped, ~kept))
         own = np.flatnonzero(kept)
@@ -166,14 +165,6 @@ def clip(xywh: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
     return boxes, kept, kept & (np.abs(boxes - xyxy) > THINNEST).any(1)
 
 
-class Coco(NamedTuple):
-    """What is read from a COCO json."""
-
-    images: list[dict[str, Any]]  # id, file_name, width, height
-    categories: list[dict[str, Any]]  # id and name, in order of their ids
-    annotations: Annotations
-
-
 Whole = Annotated[int, msgspec.Meta(gt=-(2**53), lt=2**53)]
 Number = Annotated[float, msgspec.Meta(gt=-(2**53), lt=2**53)]
 
@@ -194,13 +185,15 @@ class Annotation(msgspec.Struct, gc=False):
     area: Annotated[float, msgspec.Meta(ge=0, lt=2**53)] | msgspec.UnsetType = msgspec.UNSET
 
 
-def read_coco(path: Path, truth: bool = True) -> Coco:
+def read_coco(path: Path, truth: bool = True) -> tuple[list[dict[str, Any]], list[dict[str, Any]], Annotations]:
     """Reads and checks a COCO json; an annotation without an area gets that of its box.
 
     A `file_name` must lie inside the folder of the images; `./a.png` becomes `a.png`.
 
     Args:
         truth: False: only images and categories are wanted, and annotations need not be there.
+    Returns:
+        images: id, file_name, width, height; categories: id and name, in order of their ids; annotations
     Raises:
         PageError: names the file, the entry and what is wrong with it.
     """
@@ -245,14 +238,14 @@ def read_coco(path: Path, truth: bool = True) -> Coco:
         numbers.extend((pages[thing.image_id], labels[thing.category_id], *thing.bbox, area, thing.iscrowd))
     table = np.frombuffer(numbers).reshape(-1, 8)
     page, label = table[:, :2].astype(np.int64).T
-    return Coco(coco["images"], categories, Annotations(page, label, table[:, 2:6], table[:, 6], table[:, 7] > 0))
+    return coco["images"], categories, Annotations(page, label, table[:, 2:6], table[:, 6], table[:, 7] > 0)
 
 
 def _parse(data: bytes) -> Any:
     try:
         return msgspec.json.decode(data, type=File)
     except (msgspec.DecodeError, RecursionError):  # it may be wrong, or have NaN or a byte order mark: json takes these
-        return json.loads(data, object_hook=_without_outline)
+        return json.loads(data, object_hook=lambda entry: {k: v for k, v in entry.items() if k != "segmentation"})
 
 
 def _checked(where: str, entry: Any) -> Annotation:
@@ -269,12 +262,6 @@ def _checked(where: str, entry: Any) -> Annotation:
         raise PageError(f"{where}: area must be a number, 0 or more, found {_shown(area)}")
     area = entry.get("area", msgspec.UNSET)
     return Annotation(entry["image_id"], entry["category_id"], tuple(box), 1 if crowd else 0, area)
-
-
-def _without_outline(entry: dict[str, Any]) -> dict[str, Any]:
-    """Outlines are most of a large json's memory, and nobody reads them."""
-    entry.pop("segmentation", None)
-    return entry
 
 
 def _by_id(path: Path, entries: list[Any], kind: str, fields: dict[str, type]) -> dict[int, int]:

@@ -217,19 +217,16 @@ def coco_metrics(ground_truth: dict[str, Any], detections: np.ndarray) -> dict[s
         result.params.maxDets = MAX_DETECTIONS
         areas = result.params.areaRng
         matches = match(ground_truth, detections, len(categories) * len(areas))
-        own = {}
-        for kind in range(len(matches)):
-            parts = distributed.gather(matches[kind], to=kind % distributed.world_size())
-            matches[kind] = []
-            if parts:
-                own[kind] = [page for _, page in sorted(itertools.chain(*parts), key=lambda pair: pair[0])]
+        kinds, world = range(len(matches)), distributed.world_size()
+        parts = {kind: distributed.gather(matches.pop(0), to=kind % world) for kind in kinds}
+        own = {kind: [page for _, page in sorted(itertools.chain(*part))] for kind, part in parts.items() if part}
         accumulated = {kind: accumulate(pages, areas[kind % len(areas)]) for kind, pages in own.items()}
         counts = np.zeros(3, int) + sum(seen(pages) for kind, pages in own.items() if kind % len(areas) == 0)
         counts = [*counts, duplicates(detections), len(ground_truth["images"])]
-        parts = distributed.gather((accumulated, counts))
-        accumulated = dict(itertools.chain(*(part.items() for part, _ in parts)))
+        everywhere = distributed.gather((accumulated, counts))
+        accumulated = dict(itertools.chain(*(part.items() for part, _ in everywhere)))
         for i, name in enumerate(("precision", "recall")):
-            numbers = np.stack([accumulated[kind][i] for kind in range(len(matches))], axis=-2)
+            numbers = np.stack([accumulated[kind][i] for kind in kinds], axis=-2)
             result.eval[name] = numbers.reshape(*numbers.shape[:-2], len(categories), len(areas), -1)
         result.summarize()
     precision = result.eval["precision"][:, :, :, 0]  # (IoU thresholds, recalls, classes, MAX_DETECTIONS), any area
@@ -242,17 +239,13 @@ def coco_metrics(ground_truth: dict[str, Any], detections: np.ndarray) -> dict[s
         name: {"AP": _mean(precision[:, :, i, official]), "AP50": _mean(precision[0, :, i, official])}
         for i, name in enumerate(names)
     }
-    truths, found, right, double, pages = np.sum([part for _, part in parts], axis=0).tolist()
+    truths, found, right, double, pages = np.sum([part for _, part in everywhere], axis=0).tolist()
     metrics["shown"] = {
         "precision": right / found if found else None,
         "recall": right / truths if truths else None,
         "duplicates": double / max(1, pages),
     }
     return metrics
-
-
-# What `COCOeval` says of a class on a page, whose image id comes first.
-Match = tuple[int, dict[str, np.ndarray]]
 
 
 class Matching(COCOeval):
@@ -268,31 +261,26 @@ class Matching(COCOeval):
         }
 
 
-def match(ground_truth: dict[str, Any], detections: np.ndarray, kinds: int) -> list[list[Match]]:
-    """Detections matched with the truth of their pages, for each class and range of areas."""
-    truths: dict[int, list[dict[str, Any]]] = {i: [] for i in sorted(image["id"] for image in ground_truth["images"])}
-    for annotation in ground_truth["annotations"]:
-        truths[annotation["image_id"]].append(annotation)
+def match(ground_truth: dict[str, Any], detections: np.ndarray, kinds: int) -> list[list[tuple[int, Any]]]:
+    """What `COCOeval` says of each class and range of areas: of each page, by its image id."""
+    ids = np.array(sorted(image["id"] for image in ground_truth["images"]), np.int64)
+    truths = sorted(ground_truth["annotations"], key=lambda thing: thing["image_id"])
     order = np.argsort(detections[:, 0], kind="stable")
-    first = np.searchsorted(detections[:, 0], [*truths], sorter=order)
-    last = np.searchsorted(detections[:, 0], [*truths], "right", sorter=order)
-    matches: list[list[Match]] = [[] for _ in range(kinds)]
-    for start in range(0, len(truths), 200):  # as dictionaries, the detections of all pages would take gigabytes
-        pages = [*truths][start : start + 200]
-        own = [order[first[i] : last[i]] for i in range(start, start + len(pages))]
-        rows = detections[np.concatenate(own)]
+    of_truth, of_rows = np.array([thing["image_id"] for thing in truths]), detections[order, 0]
+    matches: list[list[tuple[int, Any]]] = [[] for _ in range(kinds)]
+    for first in range(0, len(ids), 200):  # as dictionaries, the detections of all pages would take gigabytes
+        pages = ids[first : first + 200].tolist()
+        things, rows = (slice(*np.searchsorted(of, [pages[0], pages[-1] + 1])) for of in (of_truth, of_rows))
         truth = COCO()
-        truth.dataset = ground_truth | {"images": [{"id": page} for page in pages]}
-        truth.dataset["annotations"] = [annotation for page in pages for annotation in truths[page]]
+        truth.dataset = ground_truth | {"images": [{"id": page} for page in pages], "annotations": truths[things]}
         truth.createIndex()
         # loadRes fails on an empty list, and gives outlines to results without.
-        found = truth.loadRes([each | {"segmentation": None} for each in coco_results(rows)]) if len(rows) else COCO()
-        result = Matching(truth, found, "bbox")
+        results = [each | {"segmentation": None} for each in coco_results(detections[order[rows]])]
+        result = Matching(truth, truth.loadRes(results) if results else COCO(), "bbox")
         result.params.maxDets = MAX_DETECTIONS
         result.evaluate()
-        for kind in range(kinds):
-            of_kind = zip(pages, result.evalImgs[kind * len(pages) : (kind + 1) * len(pages)], strict=True)
-            matches[kind] += [(page, each) for page, each in of_kind if each is not None]
+        for kind, own in enumerate(matches):
+            own += zip(pages, result.evalImgs[kind * len(pages) :], strict=False)
     return matches
 
 
@@ -309,7 +297,7 @@ def accumulate(pages: list[dict[str, np.ndarray]], area: list[float]) -> tuple[n
 def seen(pages: list[dict[str, np.ndarray]]) -> np.ndarray:
     """How many boxes there are, how many detections people see, and how many of these are right."""
     counts = np.zeros(3, int)
-    for page in pages:
+    for page in filter(None, pages):
         counted = (page["dtScores"] >= THRESHOLD) & ~page["dtIgnore"][0]
         counts += [(~page["gtIgnore"]).sum(), counted.sum(), (page["dtMatches"][0] & counted).sum()]
     return counts

@@ -105,11 +105,11 @@ class CocoImages:
     """
 
     def __init__(self, path: Path, categories: list[dict[str, Any]]) -> None:
-        coco = read_coco(path, truth=False)
-        theirs = {category["id"]: category["name"] for category in coco.categories}
+        images, known, _ = read_coco(path, truth=False)
+        theirs = {category["id"]: category["name"] for category in known}
         if theirs != {category["id"]: category["name"] for category in categories}:
             raise PageError(f"{path}: has the categories {theirs}, the checkpoint knows {categories}")
-        self.path, self.images = path, by_name(coco.images)
+        self.path, self.images = path, by_name(images)
         self.files: dict[int, str] = {}  # which page an image was, by its id
 
     def results(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
@@ -188,15 +188,14 @@ def truth_of(
     Raises:
         PageError: not COCO, or without the page. ConfigError: its categories are not those of the model.
     """
-    coco, (height, width) = read_coco(annotations), size
-    ids = category_ids(categories, coco.categories, checkpoint, str(annotations))
+    (images, theirs, things), (height, width) = read_coco(annotations), size
+    ids = category_ids(categories, theirs, checkpoint, str(annotations))
     entry = {"file": str(location.file), "page": location.page, "width": width, "height": height}
-    image, turn = find(entry, by_name(coco.images), annotations)
-    as_stored, things = (image["height"], image["width"]), coco.annotations
-    own = (things.pages == coco.images.index(image)) & ~things.crowds
+    image, turn = find(entry, by_name(images), annotations)
+    as_stored, own = (image["height"], image["width"]), (things.pages == images.index(image)) & ~things.crowds
     boxes, kept, _ = clip(things.xywh[own], np.array([as_stored]))  # (T, 4) xyxy pixels
     boxes = boxes[kept]
-    labels = torch.tensor([ids.index(coco.categories[i]["id"]) for i in things.labels[own][kept]], dtype=torch.int64)
+    labels = torch.tensor([ids.index(theirs[i]["id"]) for i in things.labels[own][kept]], dtype=torch.int64)
     if turn is not None:
         boxes = turn_boxes(boxes, as_stored, turn)
     cxcywh = xyxy_to_cxcywh(torch.from_numpy(boxes / [width, height, width, height])).float()
