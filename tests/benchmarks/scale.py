@@ -1,9 +1,9 @@
 """Time and memory with a data set of PubLayNet's size: `python tests/benchmarks/scale.py --out FOLDER`.
 
 Makes up the data set there, a json with outlines and links to one image, unless it is there; then measures, with as
-many processes as asked, as torchrun would start them on one machine without a GPU: reading; what a loader worker copies in an epoch
-of the memory that it shares; and an evaluation, of pages with 300 made-up detections each. Prints a table: seconds, by
-the wall and of the CPU, and the peak of memory above that of a process that has imported everything. Linux only.
+many processes as torchrun would start on one machine without a GPU: reading; what a loader worker copies in an epoch of
+the memory that it shares; and an evaluation, of pages with 300 made-up detections each. Prints a table: seconds, by the
+wall and of the CPU, and the peak of memory above that of a process that has imported everything. Linux only.
 """
 
 import argparse
