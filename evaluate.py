@@ -41,6 +41,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dfine import config, distributed
@@ -51,7 +52,7 @@ from dfine.data.batches import evaluation_loader
 from dfine.data.sources import open_source
 from dfine.distributed import say
 from dfine.files import try_writing, write_whole
-from dfine.inference.evaluation import category_ids, coco_metrics, find, ids_by_name, table
+from dfine.inference.evaluation import category_ids, coco_metrics, coco_results, find, ids_by_name, table
 from dfine.model.detector import DFine
 from dfine.training import engine
 
@@ -89,13 +90,19 @@ def main() -> None:
     loader = evaluation_loader(pages, settings)
     if isinstance(model, DFine):
         model.to(device).to(memory_format=torch.channels_last)  # as in training: the same numbers to the last digit
-    detections = find(model, loader, pages, settings.train.bf16, category_ids=ids, dedupe=options.dedupe)
+    numbers, rows = find(model, loader, pages, settings.train.bf16, category_ids=ids, dedupe=options.dedupe)
+    metrics = coco_metrics(pages.ground_truth(numbers), rows)
+    everywhere = distributed.gather(rows, to=0)
     if distributed.is_main():
-        metrics = coco_metrics(pages.ground_truth(), detections)
         say(table(metrics))
+        rows = np.concatenate(everywhere)
+        place = np.argsort(pages.ids)  # pages in the order of the json, a part at a time: all would take gigabytes
+        place = place[np.searchsorted(pages.ids, rows[:, 0], sorter=place)]
+        parts = np.array_split(rows[np.argsort(place, kind="stable")], len(rows) // 10_000 + 1)
+        detections = f"[{', '.join(filter(None, (json.dumps(coco_results(part))[1:-1] for part in parts)))}]"
         name = checkpoint.stem if checkpoint.is_file() else checkpoint.name.partition("@")[0]
         metrics_file, detections_file = folder / f"{name}.metrics.json", folder / f"{name}.detections.json"
-        write_whole({metrics_file: json.dumps(metrics, indent=2), detections_file: json.dumps(detections)})
+        write_whole({metrics_file: json.dumps(metrics, indent=2), detections_file: detections})
         say(f"\nwritten: {metrics_file} and {detections_file}")
     distributed.finish()
 

@@ -1,8 +1,11 @@
 """One process or many: the few things that differ. Imports nothing of ours."""
 
+import mmap
 import os
+import pickle
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -106,13 +109,16 @@ def any_process(flag: bool) -> bool:
     return bool(flags)
 
 
-def gather(item: Any) -> list[Any]:
-    """Every process's item, in order of rank, in every process."""
-    items: list[Any] = [None] * world_size()
+def gather(item: Any, to: int | None = None) -> list[Any]:
+    """Every process's item, in order of rank, in every process; with `to` only in that one, none in the others."""
     if world_size() == 1:
         return [item]
-    dist.all_gather_object(items, item, group=_waiting)
-    return items
+    items: list[Any] = [None] * world_size()
+    if to is None:
+        dist.all_gather_object(items, item, group=_waiting)
+        return items
+    dist.gather_object(item, items if to == rank() else None, dst=to, group=_waiting)
+    return items if to == rank() else []
 
 
 def on_main(work: Callable[[], T]) -> T:
@@ -121,16 +127,50 @@ def on_main(work: Callable[[], T]) -> T:
     Raises:
         ValueError: in every process, where `work` raises one.
     """
-    outcome: T | ValueError | None = None
-    if is_main():
+    return _outcomes(work if is_main() else None)[0]
+
+
+def _outcomes(work: Callable[[], Any] | None) -> list[Any]:
+    """What every process gets from its work, if it has some; see `on_main`."""
+    outcome = None
+    if work is not None:
         try:
             outcome = work()
         except ValueError as error:
             outcome = error
-    outcome = gather(outcome)[0]
-    if isinstance(outcome, ValueError):
-        raise outcome
-    return outcome
+    outcomes = gather(outcome)
+    for each in outcomes:
+        if isinstance(each, ValueError):
+            raise each
+    return outcomes
+
+
+def once_a_machine(work: Callable[[], T]) -> T:
+    """What one process of each machine gets from `work`, in all: its arrays are in memory that they share.
+
+    Raises:
+        ValueError: in every process, where `work` raises one.
+    """
+    if world_size() == 1:
+        return work()
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    with tempfile.NamedTemporaryFile(prefix="dfine-") as file:
+
+        def write() -> tuple[str, list[tuple[int, int]]]:
+            arrays: list[pickle.PickleBuffer] = []
+            file.write(pickle.dumps(work(), 5, buffer_callback=arrays.append))
+            places = []
+            for array in arrays:
+                file.seek(-file.tell() % 64, os.SEEK_CUR)  # numpy is slow with odd places
+                places.append((file.tell(), file.write(array.raw())))
+            file.flush()
+            return file.name, places
+
+        name, places = _outcomes(None if local else write)[rank() - local]  # torchrun numbers one machine after another
+        with open(name, "rb") as shared:
+            memory = memoryview(mmap.mmap(shared.fileno(), 0, access=mmap.ACCESS_READ))
+        gather(None)  # all have opened it: now it can go
+    return pickle.loads(memory, buffers=[memory[start : start + size] for start, size in places])
 
 
 def broadcast_buffers(module: torch.nn.Module) -> None:

@@ -1,10 +1,15 @@
 """Two processes do what one does."""
 
 import functools
+import json
+import os
+import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -135,6 +140,7 @@ def values_of(rank_file: Path) -> None:
         distributed.any_process(rank == 1),
         distributed.any_process(False),
         distributed.gather(("rank", rank)),
+        distributed.gather(rank, to=1),
     )
     buffers = torch.nn.BatchNorm1d(2)
     buffers.running_mean += rank
@@ -146,9 +152,10 @@ def values_of(rank_file: Path) -> None:
 def test_what_processes_tell_each_other(tmp_path: Path) -> None:
     assert ends(launch(values_of, tmp_path / "rank")) == [0, 0]
     for rank in range(2):
-        total, one_of_them, none_of_them, everywhere, mean = torch.load(tmp_path / f"rank{rank}")
+        total, one_of_them, none_of_them, everywhere, at_1, mean = torch.load(tmp_path / f"rank{rank}")
         assert (total, one_of_them, none_of_them) == (3, True, False)
         assert everywhere == [("rank", 0), ("rank", 1)]
+        assert at_1 == ([0, 1] if rank == 1 else [])
         assert mean.tolist() == [0, 0]
 
 
@@ -171,18 +178,47 @@ def test_processes_wait_for_the_main_process_however_long_it_takes(tmp_path: Pat
     assert {path.name for path in tmp_path.iterdir()} == {"rank0", "rank1"}
 
 
-def mistaken_main(rank_file: Path) -> None:
+def mistaken_main(rank_file: Path, ask: str) -> None:
     distributed.start()
     try:
-        distributed.on_main(lambda: int("no number"))
+        getattr(distributed, ask)(lambda: int("no number"))
     except ValueError as error:
         rank_file.with_name(f"rank{distributed.rank()}").write_text(str(error))
     distributed.finish()
 
 
-def test_what_stops_the_main_process_stops_all_with_the_same_words(tmp_path: Path) -> None:
-    assert ends(launch(mistaken_main, tmp_path / "rank")) == [0, 0]
+@pytest.mark.parametrize("ask", ["on_main", "once_a_machine"])
+def test_what_stops_the_main_process_stops_all_with_the_same_words(tmp_path: Path, ask: str) -> None:
+    assert ends(launch(mistaken_main, tmp_path / "rank", ask)) == [0, 0]
     assert "no number" in (tmp_path / "rank0").read_text() == (tmp_path / "rank1").read_text()
+
+
+def shares_arrays(folder: Path, machines: int) -> None:
+    tempfile.tempdir = str(folder / "temporary")
+    rank = int(os.environ["RANK"])
+    os.environ["LOCAL_RANK"] = str(0 if machines == 2 else rank)
+    distributed.start()
+
+    def work() -> dict[str, Any]:
+        (folder / f"worked{rank}").touch()
+        return {"numbers": np.arange(5) + rank, "flags": np.array([True, False, True]), "rest": ["x", rank]}
+
+    found = distributed.once_a_machine(work)
+    assert not any(found[key].flags.writeable for key in ("numbers", "flags"))
+    (folder / str(rank)).write_text(json.dumps([found["numbers"].tolist(), found["flags"].tolist(), found["rest"]]))
+    distributed.finish()
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_one_process_of_each_machine_works_for_all_and_leaves_no_file(tmp_path: Path, machines: int) -> None:
+    (tmp_path / "temporary").mkdir()
+    assert ends(launch(shares_arrays, tmp_path, machines)) == [0, 0]
+    for rank in range(2):
+        of = rank if machines == 2 else 0
+        expected = [[*range(of, of + 5)], [True, False, True], ["x", of]]
+        assert json.loads((tmp_path / str(rank)).read_text()) == expected
+        assert (tmp_path / f"worked{rank}").exists() == (rank < machines)
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 def sees_a_loss_that_is_not_finite_on_rank_1(folder: Path, everywhere: bool) -> None:
@@ -212,7 +248,7 @@ def test_one_process_asks_nobody() -> None:
     assert distributed.sum_over_processes(x) is x
     assert distributed.any_process(True)
     assert distributed.gather(5) == [5]
-    assert distributed.on_main(lambda: 5) == 5
+    assert distributed.on_main(lambda: 5) == distributed.once_a_machine(lambda: 5) == 5
     assert distributed.is_main()
 
 

@@ -57,7 +57,7 @@ class PageDataset(Dataset):
         target = Target(
             torch.from_numpy(labels.copy()),
             torch.from_numpy(cxcywh.astype(np.float32)),
-            self.source.ids[key.page],
+            int(self.source.ids[key.page]),
             (original[0], original[1]),
         )
         return page, target
@@ -132,13 +132,13 @@ def evaluation_batches(sizes: list[tuple[int, int]], config: DataConfig, stride:
 
 def train_loader(source: Source, config: Config) -> tuple[DataLoader[Batch], TrainBatches]:
     """Batches of augmented pages, and the sampler that says which."""
-    sampler = TrainBatches(source.sizes, config.data, config.train.seed, config.train.accumulate)
+    sampler = TrainBatches(source.sizes.tolist(), config.data, config.train.seed, config.train.accumulate)
     return _loader(source, config, sampler, training=True), sampler
 
 
 def evaluation_loader(source: Source, config: Config) -> DataLoader[Batch]:
     """Every page once over all processes."""
-    batches = evaluation_batches(source.sizes, config.data, config.model.strides[-1])
+    batches = evaluation_batches(source.sizes.tolist(), config.data, config.model.strides[-1])
     return _loader(source, config, batches, training=False)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -42,9 +43,8 @@ def evaluate(
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """The metrics of `coco_metrics`, in every process; all must call it. Leaves the model in evaluation mode."""
-    detections = find(model, batches, pages, bf16, stop)
-    metrics = coco_metrics(pages.ground_truth(), detections) if distributed.is_main() else None
-    return distributed.gather(metrics)[0]
+    numbers, results = find(model, batches, pages, bf16, stop)
+    return coco_metrics(pages.ground_truth(numbers), results)
 
 
 @torch.inference_mode()
@@ -73,8 +73,8 @@ def find(
     stop: Callable[[], bool] = lambda: False,
     category_ids: Sequence[int | None] | None = None,
     dedupe: float = 1.0,
-) -> list[dict[str, Any]]:
-    """COCO results of all processes' pages: up to 300 a page, pages in the order of the json, the best first.
+) -> tuple[list[int], np.ndarray]:
+    """What is found on this process's pages: up to 300 a page, pages in the order of the json, the best first.
 
     Leaves the model in evaluation mode: it is the averaged one, which never trains.
 
@@ -84,8 +84,7 @@ def find(
             the json's categories in order.
         dedupe: as for `without_doubles`.
     Returns:
-        On the main process image_id, category_id (the json's), bbox (xywh in pixels of the original image) and score;
-        an empty list on the others.
+        the numbers of the pages, and the results of `coco_rows`
     Raises:
         FloatingPointError: a score or a box is not finite; names the image id.
         Stopped: a process was told to stop (others that were not told finish their batches first).
@@ -99,15 +98,12 @@ def find(
         found = answer(model, batch.images, batch.sizes, [target.size for target in batch.targets], bf16)
         for target, page in zip(batch.targets, found, strict=True):
             share[target.image_id] = without_doubles(finite(page, f"image {target.image_id}"), dedupe)
-    everywhere: dict[int, Detections] = {}
-    for part in distributed.gather(None if stop() else share):
-        if part is None:
-            raise Stopped
-        everywhere |= part
-    if not distributed.is_main():
-        return []
+    if distributed.any_process(stop()):
+        raise Stopped
     category_ids = category_ids or [category["id"] for category in pages.categories]
-    return [result for image_id in pages.ids for result in coco_results(image_id, everywhere[image_id], category_ids)]
+    ids = enumerate(pages.ids.tolist())
+    own = {number: coco_rows(image_id, share[image_id], category_ids) for number, image_id in ids if image_id in share}
+    return [*own], np.concatenate([np.empty((0, 7)), *own.values()])
 
 
 def finite(found: Detections, page: str) -> Detections:
@@ -173,86 +169,158 @@ def ids_by_name(
     return [chosen.get(name) for name in names]
 
 
-def coco_results(image_id: int, found: Detections, category_ids: Sequence[int | None]) -> list[dict[str, Any]]:
-    """Detections of one page as COCO results: bbox in pixels to three decimals, scores to six."""
-    xywh = box_convert(found.boxes.double(), "xyxy", "xywh").tolist()
+def coco_rows(image_id: int, found: Detections, category_ids: Sequence[int | None]) -> np.ndarray:
+    """Detections of one page as rows of image id, x, y, width, height, score, category id: (K, 7) float64.
+
+    Boxes are in pixels to three decimals, scores to six. Classes whose category id is None are left out.
+    """
+    ids = np.array([np.nan if i is None else i for i in category_ids])[found.labels.numpy()]
+    xywh = rounded(box_convert(found.boxes.double(), "xyxy", "xywh").numpy(), 3)
+    scores = rounded(found.scores.double().numpy(), 6)
+    return np.column_stack([np.full(len(ids), image_id), xywh, scores, ids])[~np.isnan(ids)]
+
+
+def rounded(x: np.ndarray, digits: int) -> np.ndarray:
+    """As Python rounds: numpy multiplies before it rounds, which errs where a digit is followed by nearly a half."""
+    y = np.round(x, digits)
+    halves = np.abs(np.abs(x) * 10**digits % 1 - 0.5) < 1e-3
+    y[halves] = [round(value, digits) for value in x[halves].tolist()]
+    return y
+
+
+def coco_results(rows: np.ndarray) -> list[dict[str, Any]]:
+    """COCO results of the rows of `coco_rows`."""
     return [
-        {
-            "image_id": image_id,
-            "category_id": category_ids[label],
-            "bbox": [round(x, 3) for x in box],
-            "score": round(score, 6),
-        }
-        for label, box, score in zip(found.labels.tolist(), xywh, found.scores.tolist(), strict=True)
-        if category_ids[label] is not None
+        {"image_id": int(image_id), "category_id": int(category_id), "bbox": bbox, "score": score}
+        for image_id, *bbox, score, category_id in rows.tolist()
     ]
 
 
-def coco_metrics(ground_truth: dict[str, Any], detections: list[dict[str, Any]]) -> dict[str, Any]:
+def coco_metrics(ground_truth: dict[str, Any], detections: np.ndarray | list[dict[str, Any]]) -> dict[str, Any]:
     """The metrics of pycocotools, as fractions of 1; None where there is no truth to measure against.
 
+    All processes must call it, each with its own pages, and get what one process would get, to the last digit: each
+    matches its pages, and accumulates some classes and ranges of areas over all.
+
     Args:
-        ground_truth: a COCO dictionary; annotation ids must not be 0 (see `read_coco`).
-        detections: COCO results; may be empty.
+        ground_truth: a COCO dictionary; annotation ids must not be 0.
+        detections: (N, 7) as `coco_rows` has them, or COCO results; may be empty.
     Returns:
         COCO's twelve numbers by the names in `OFFICIAL`; `AP_300`, the AP with up to 300 boxes a page; `per_class`, AP
-        and AP50 by class name, with the id behind a name that several classes have; and `shown`, see there.
+        and AP50 by class name, with the id behind a name that several classes have; and `shown`: how good the
+        detections are that people see, those with a score of .3 or more: `precision` and `recall` at IoU .5, and
+        `duplicates`, how many a page have an IoU above .7 with a better one of their class: `predict` would drop them
     """
+    if isinstance(detections, list):
+        rows = [[each["image_id"], *each["bbox"], each["score"], each["category_id"]] for each in detections]
+        detections = np.array(rows, dtype=np.float64).reshape(-1, 7)
+    categories = sorted(ground_truth["categories"], key=lambda category: category["id"])
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
-        truth = COCO()
-        truth.dataset = ground_truth
-        truth.createIndex()
-        # loadRes fails on an empty list, writes into the dictionaries it gets, and gives outlines to those without.
-        found = (
-            truth.loadRes([detection | {"segmentation": None} for detection in detections]) if detections else COCO()
-        )
-        result = COCOeval(truth, found, "bbox")
+        result = COCOeval(iouType="bbox")
         result.params.maxDets = MAX_DETECTIONS
-        result.evaluate()
-        result.accumulate()
+        areas = result.params.areaRng
+        matches = match(ground_truth, detections, len(categories) * len(areas))
+        kinds, world = range(len(matches)), distributed.world_size()
+        parts = {kind: distributed.gather(matches.pop(0), to=kind % world) for kind in kinds}
+        own = {kind: [page for _, page in sorted(itertools.chain(*part))] for kind, part in parts.items() if part}
+        accumulated = {kind: accumulate(pages, areas[kind % len(areas)]) for kind, pages in own.items()}
+        counts = np.zeros(3, int) + sum(seen(pages) for kind, pages in own.items() if kind % len(areas) == 0)
+        counts = [*counts, duplicates(detections), len(ground_truth["images"])]
+        everywhere = distributed.gather((accumulated, counts))
+        accumulated = dict(itertools.chain(*(part.items() for part, _ in everywhere)))
+        for i, name in enumerate(("precision", "recall")):
+            numbers = np.stack([accumulated[kind][i] for kind in kinds], axis=-2)
+            result.eval[name] = numbers.reshape(*numbers.shape[:-2], len(categories), len(areas), -1)
         result.summarize()
     precision = result.eval["precision"][:, :, :, 0]  # (IoU thresholds, recalls, classes, MAX_DETECTIONS), any area
     official, most = MAX_DETECTIONS.index(100), MAX_DETECTIONS.index(300)
     metrics: dict[str, Any] = {name: _mean(value) for name, value in zip(OFFICIAL, result.stats, strict=True)}
     metrics["AP_300"] = _mean(precision[..., most])
-    categories = truth.loadCats(result.params.catIds)
     often = Counter(category["name"] for category in categories)
     names = [c["name"] if often[c["name"]] == 1 else f"{c['name']} (id {c['id']})" for c in categories]
     metrics["per_class"] = {
         name: {"AP": _mean(precision[:, :, i, official]), "AP50": _mean(precision[0, :, i, official])}
         for i, name in enumerate(names)
     }
-    metrics["shown"] = shown(result, detections)
+    truths, found, right, double, pages = np.sum([part for _, part in everywhere], axis=0).tolist()
+    metrics["shown"] = {
+        "precision": right / found if found else None,
+        "recall": right / truths if truths else None,
+        "duplicates": double / max(1, pages),
+    }
     return metrics
 
 
-def shown(result: COCOeval, detections: list[dict[str, Any]]) -> dict[str, float | None]:
-    """How good the detections are that people see, those with a score of .3 or more.
+class Matching(COCOeval):
+    """Keeps what is read later, in a tenth of the memory."""
 
-    `precision` and `recall` are at IoU .5. `duplicates` is the number a page of detections that have an IoU above .7
-    with a better one of their class. `predict` would drop these.
-    """
-    everything = [e for e in result.evalImgs if e is not None and e["aRng"] == result.params.areaRng[0]]
-    truths, found, right = 0, 0, 0
-    for page in everything:  # of one class each
-        counted = (np.array(page["dtScores"]) >= THRESHOLD) & ~page["dtIgnore"][0].astype(bool)
-        truths += int((~np.array(page["gtIgnore"], bool)).sum())
-        found += int(counted.sum())
-        right += int((page["dtMatches"][0] > 0)[counted].sum())
-    groups: dict[tuple[int, int], list[dict[str, Any]]] = {}
-    for detection in detections:
-        if detection["score"] >= THRESHOLD:
-            groups.setdefault((detection["image_id"], detection["category_id"]), []).append(detection)
-    duplicates = 0
-    for group in groups.values():
-        boxes = torch.tensor([d["bbox"] for d in sorted(group, key=lambda d: -d["score"])], dtype=torch.float64)
-        overlaps = box_iou(*[box_convert(boxes, "xywh", "xyxy")] * 2).triu(1)  # [i, j]: i is better than j
-        duplicates += int((overlaps > 0.7).any(0).sum())
-    return {
-        "precision": right / found if found else None,
-        "recall": right / truths if truths else None,
-        "duplicates": duplicates / max(1, len(result.params.imgIds)),
-    }
+    def evaluateImg(self, *which: Any) -> dict[str, np.ndarray] | None:
+        page = super().evaluateImg(*which)
+        return page and {
+            "dtScores": np.array(page["dtScores"]),
+            "dtMatches": page["dtMatches"] > 0,
+            "dtIgnore": page["dtIgnore"].astype(bool),
+            "gtIgnore": page["gtIgnore"].astype(bool),
+        }
+
+
+def match(ground_truth: dict[str, Any], detections: np.ndarray, kinds: int) -> list[list[tuple[int, Any]]]:
+    """What `COCOeval` says of each class and range of areas: of each page, by its image id."""
+    ids = np.array(sorted(image["id"] for image in ground_truth["images"]), np.int64)
+    truths = sorted(ground_truth["annotations"], key=lambda thing: thing["image_id"])
+    order = np.argsort(detections[:, 0], kind="stable")
+    of_truth, of_rows = np.array([thing["image_id"] for thing in truths]), detections[order, 0]
+    matches: list[list[tuple[int, Any]]] = [[] for _ in range(kinds)]
+    for first in range(0, len(ids), 200):  # as dictionaries, the detections of all pages would take gigabytes
+        pages = ids[first : first + 200].tolist()
+        things, rows = (slice(*np.searchsorted(of, [pages[0], pages[-1] + 1])) for of in (of_truth, of_rows))
+        truth = COCO()
+        truth.dataset = ground_truth | {"images": [{"id": page} for page in pages], "annotations": truths[things]}
+        truth.createIndex()
+        # loadRes fails on an empty list, and gives outlines to results without.
+        results = [each | {"segmentation": None} for each in coco_results(detections[order[rows]])]
+        result = Matching(truth, truth.loadRes(results) if results else COCO(), "bbox")
+        result.params.maxDets = MAX_DETECTIONS
+        result.evaluate()
+        for kind, own in enumerate(matches):
+            own += zip(pages, result.evalImgs[kind * len(pages) :], strict=False)
+    return matches
+
+
+def accumulate(pages: list[Any], area: list[float]) -> list[np.ndarray]:
+    """Precision (IoU thresholds, recalls, MAX_DETECTIONS) and recall (IoU thresholds, MAX_DETECTIONS) of one class."""
+    parts = []
+    for part in (slice(first, first + 2) for first in range(0, 10, 2)):  # of the thresholds: all would take a gigabyte
+        result = COCOeval(iouType="bbox")
+        result.params.iouThrs, result.params.maxDets = result.params.iouThrs[part], MAX_DETECTIONS
+        result.params.catIds, result.params.areaRng, result.params.imgIds = [1], [area], range(len(pages))
+        result.evalImgs = [
+            page and page | {key: page[key][part] for key in ("dtMatches", "dtIgnore")} for page in pages
+        ]
+        result._paramsEval = result.params
+        result.accumulate()
+        parts.append((result.eval["precision"][:, :, 0, 0], result.eval["recall"][:, 0, 0]))
+    return [np.concatenate(both) for both in zip(*parts, strict=True)]
+
+
+def seen(pages: list[dict[str, np.ndarray]]) -> np.ndarray:
+    """How many boxes there are, how many detections people see, and how many of these are right."""
+    counts = np.zeros(3, int)
+    for page in filter(None, pages):
+        counted = (page["dtScores"] >= THRESHOLD) & ~page["dtIgnore"][0]
+        counts += [(~page["gtIgnore"]).sum(), counted.sum(), (page["dtMatches"][0] & counted).sum()]
+    return counts
+
+
+def duplicates(detections: np.ndarray) -> int:
+    """How many of the detections that people see have an IoU above .7 with a better one of their page and class."""
+    rows = detections[detections[:, 5] >= THRESHOLD]
+    rows = rows[np.lexsort((-rows[:, 5], rows[:, 6], rows[:, 0]))]
+    count = 0
+    for group in np.split(rows, np.flatnonzero((np.diff(rows[:, [0, 6]], axis=0) != 0).any(1)) + 1):
+        boxes = box_convert(torch.from_numpy(group[:, 1:5]), "xywh", "xyxy")
+        count += int((box_iou(boxes, boxes).triu(1) > 0.7).any(0).sum())  # [i, j]: i is better than j
+    return count
 
 
 def _mean(values: np.ndarray) -> float | None:

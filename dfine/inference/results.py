@@ -107,10 +107,10 @@ class CocoImages:
     """
 
     def __init__(self, path: Path, categories: list[dict[str, Any]], checkpoint: str = "the model") -> None:
-        coco = read_coco(path, truth=False)
-        ids = category_ids(categories, coco["categories"], checkpoint, str(path))
+        images, theirs, _ = read_coco(path, truth=False)
+        ids = category_ids(categories, theirs, checkpoint, str(path))
         self.ids = {category["id"]: number for category, number in zip(categories, ids, strict=True)}
-        self.path, self.images = path, by_name(coco)
+        self.path, self.images = path, by_name(images)
         self.files: dict[int, str] = {}  # which page an image was, by its id
 
     def results(self, entry: dict[str, Any]) -> list[dict[str, Any]]:
@@ -141,12 +141,12 @@ class CocoImages:
         ]
 
 
-def by_name(coco: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def by_name(images: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """The images of a COCO json that have each `file_name`: one, as a rule."""
-    images: dict[str, list[dict[str, Any]]] = {}
-    for image in coco["images"]:
-        images.setdefault(image["file_name"], []).append(image)
-    return images
+    named: dict[str, list[dict[str, Any]]] = {}
+    for image in images:
+        named.setdefault(image["file_name"], []).append(image)
+    return named
 
 
 def find(
@@ -190,14 +190,14 @@ def truth_of(
     Raises:
         PageError: not COCO, or without the page. ConfigError: its categories are not those of the model.
     """
-    coco, (height, width) = read_coco(annotations), size
-    ids = category_ids(categories, coco["categories"], checkpoint, str(annotations))
+    (images, theirs, things), (height, width) = read_coco(annotations), size
+    ids = category_ids(categories, theirs, checkpoint, str(annotations))
     entry = {"file": str(location.file), "page": location.page, "width": width, "height": height}
-    image, turn = find(entry, by_name(coco), annotations)
-    as_stored = (image["height"], image["width"])
-    coco["annotations"] = [a for a in coco["annotations"] if a["image_id"] == image["id"] and not a["iscrowd"]]
-    boxes, _, _ = clip(coco)  # (T, 4) xyxy pixels
-    labels = torch.tensor([ids.index(thing["category_id"]) for thing in coco["annotations"]], dtype=torch.int64)
+    image, turn = find(entry, by_name(images), annotations)
+    as_stored, own = (image["height"], image["width"]), (things.pages == images.index(image)) & ~things.crowds
+    boxes, kept, _ = clip(things.xywh[own], np.array([as_stored]))  # (T, 4) xyxy pixels
+    boxes = boxes[kept]
+    labels = torch.tensor([ids.index(theirs[i]["id"]) for i in things.labels[own][kept]], dtype=torch.int64)
     if turn is not None:
         boxes = turn_boxes(boxes, as_stored, turn)
     cxcywh = xyxy_to_cxcywh(torch.from_numpy(boxes / [width, height, width, height])).float()
