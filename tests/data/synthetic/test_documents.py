@@ -107,7 +107,7 @@ def test_a_source_draws_the_style_that_is_asked_for(drawn: list[Drawn]) -> None:
     np.testing.assert_array_equal(image, drawn[2][0])
     np.testing.assert_array_equal(labels, drawn[2][1])
     np.testing.assert_array_equal(boxes[:, 2:] - boxes[:, :2], drawn[2][2][:, 2:])
-    assert source.sizes == [image.shape[:2] for image, _, _ in drawn[:3]]
+    assert source.sizes.tolist() == [[*image.shape[:2]] for image, _, _ in drawn[:3]]
     assert "documents" in source.summary(queries=300)
 
 
