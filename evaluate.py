@@ -9,7 +9,7 @@ the checkpoint counts as which of the json, whose names differ; what is not name
 
 import argparse
 
-from dfine.arguments import fraction, open_streams
+from dfine.arguments import fraction, open_streams, threads_sleep
 
 
 def arguments() -> argparse.Namespace:
@@ -35,6 +35,7 @@ def arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    threads_sleep()
     arguments()  # before torch is imported, which takes seconds: --help need not wait for it
 
 import json

@@ -12,7 +12,7 @@ import argparse
 import os
 from pathlib import Path
 
-from dfine.arguments import fraction, open_streams, page_ranges
+from dfine.arguments import fraction, open_streams, page_ranges, threads_sleep
 from dfine.inference import DEDUPE, DPI, THRESHOLD
 
 
@@ -78,6 +78,7 @@ def page_numbers(text: str) -> str:
 
 
 if __name__ == "__main__":
+    threads_sleep()
     arguments()  # before torch is imported, which takes seconds: --help need not wait for it
 
 import json

@@ -35,3 +35,19 @@ def test_progress_needs_no_stderr_and_class_names_no_terminal_that_shows_them() 
     for encoding, expected in (("utf-8", "标 题\n".encode()), ("ascii", rb"\u6807 \u9898" + b"\n")):
         environment = os.environ | {"PYTHONIOENCODING": encoding}
         assert subprocess.run(line, cwd=ROOT, env=environment, stdout=-1, check=True).stdout == expected
+
+
+@pytest.mark.parametrize("asked", ["", "ACTIVE"])
+@pytest.mark.parametrize(
+    "command", [["-m", "dfine.predict", "none.png", "--out"], ["evaluate.py", "--checkpoint"]], ids=lambda c: c[-2]
+)
+def test_threads_sleep_while_they_wait_for_one_another_unless_asked_not_to(
+    tmp_path: Path, command: list[str], asked: str
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_DISPLAY_ENV": "TRUE"} | ({"OMP_WAIT_POLICY": asked} if asked else {})
+    line = [sys.executable, *command, str(tmp_path / "none")]
+    answer = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    if "OMP_WAIT_POLICY" not in answer.stderr:
+        pytest.skip("this OpenMP does not say how its threads wait")
+    assert f"OMP_WAIT_POLICY = '{asked or 'PASSIVE'}'" in answer.stderr

@@ -1,8 +1,8 @@
 """What commands take alone and beside a busy program: `python tests/benchmarks/busy.py 'COMMAND' ['COMMAND' ...]`.
 
 Prints a Markdown table: seconds of each command where nothing else runs, beside a process that computes without end,
-and beside one that makes system calls without end; medians of the repeats, and how many times as long that is. Commands
-run in turns, in a shell: `OMP_NUM_THREADS=1 python ...` sets torch's threads, and our ONNX models take as many.
+and beside one that makes system calls without end; medians of repeats in turns, and how many times as long that is.
+Commands run in a shell: `OMP_NUM_THREADS=1 python ...` sets torch's threads, and our ONNX models take as many.
 """
 
 import argparse
@@ -41,13 +41,9 @@ def main() -> None:
     parser.add_argument("--beside", nargs="+", choices=BESIDE, default=[*BESIDE], help="default: all")
     options = parser.parse_args()
     print(f"| command | {' | '.join(options.beside)} |\n|---|{'---|' * len(options.beside)}")
-    times: dict[str, dict[str, list[float]]] = {c: {name: [] for name in options.beside} for c in options.commands}
-    for _ in range(options.repeats):
-        for command, spans in times.items():
-            for name, measured in spans.items():
-                measured.append(seconds(command, BESIDE[name]))
-    for command, spans in times.items():
-        medians = [statistics.median(measured) for measured in spans.values()]
+    for command in options.commands:
+        turns = [[seconds(command, BESIDE[name]) for name in options.beside] for _ in range(options.repeats)]
+        medians = [statistics.median(spans) for spans in zip(*turns, strict=True)]
         cells = [f"{median:.1f} s ({median / medians[0]:.2f})" for median in medians]
         print(f"| `{command}` | {' | '.join(cells)} |", flush=True)
 
