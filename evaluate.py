@@ -97,8 +97,9 @@ def main() -> None:
     if distributed.is_main():
         say(table(metrics))
         rows = np.concatenate(everywhere)
-        place = np.argsort(pages.ids)  # pages in the order of the json, a part at a time: all would take gigabytes
+        place = np.argsort(pages.ids)  # pages in the order of the json
         place = place[np.searchsorted(pages.ids, rows[:, 0], sorter=place)]
+        # A part at a time: as dictionaries, all would take gigabytes.
         parts = np.array_split(rows[np.argsort(place, kind="stable")], len(rows) // 10_000 + 1)
         detections = f"[{', '.join(filter(None, (json.dumps(coco_results(part))[1:-1] for part in parts)))}]"
         name = checkpoint.stem if checkpoint.is_file() else checkpoint.name.partition("@")[0]

@@ -261,12 +261,12 @@ class TrainConfig(Section):
     # Batches per optimizer step. Their losses are averaged, each over its own boxes: nearly, not quite, a larger batch.
     accumulate: Count = 1
     ema_decay: PartialShare = 0.9999  # of the averaged weights; in step n times 1 - exp(-n / ema_warmup)
-    ema_warmup: Positive = 1000.0  # steps; the original's. Short runs take less of both, as the quickstart does
+    ema_warmup: Positive = 1000.0  # steps; the original's. Short runs need both smaller, as the quickstart has them
     freeze_backbone_steps: Whole = 0
     bf16: bool = True  # autocast on a GPU; boxes, softmax and losses stay in fp32
     bf16_cpu: bool = False  # train so on CPUs too that multiply bf16 (avx512_bf16, amx_bf16); others stay in fp32
     # Half the launches of a step (2,908 of 5,923 for the teacher, counted) for some two minutes of compiling. Off: what
-    # it gains on a GPU has not been measured, and with 16 large pages a GPU hardly waits for launches.
+    # it gains on a GPU has not been measured.
     compile: bool = False
     threads: Whole = 0  # CPU threads per process, at most one a core; 0: torch's choice
 
@@ -335,12 +335,13 @@ def override(config: Config, overrides: Sequence[str]) -> Config:
 class _Loader(yaml.SafeLoader):
     """Refuses a key that is there twice. YAML does, too, but PyYAML takes the last and drops the first in silence."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
         first: dict[str, int] = {}
         for number, (key, _) in enumerate(node.value):
             if first.setdefault(str(key.value), number) != number:
                 raise ValueError(f"{key.value} is there twice, again in line {key.start_mark.line + 1}")
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def _yaml(text: str | bytes, subject: str = "") -> Any:

@@ -1,5 +1,6 @@
 """One process or many: the few things that differ. Imports nothing of ours."""
 
+import contextlib
 import mmap
 import os
 import pickle
@@ -154,16 +155,24 @@ def once_a_machine(work: Callable[[], T]) -> T:
     if world_size() == 1:
         return work()
     local = int(os.environ.get("LOCAL_RANK", 0))
-    with tempfile.NamedTemporaryFile(prefix="dfine-") as file:
+    with contextlib.ExitStack() as stack:
 
         def write() -> tuple[str, list[tuple[int, int]]]:
             arrays: list[pickle.PickleBuffer] = []
-            file.write(pickle.dumps(work(), 5, buffer_callback=arrays.append))
-            places = []
-            for array in arrays:
-                file.seek(-file.tell() % 64, os.SEEK_CUR)  # numpy is slow with odd places
-                places.append((file.tell(), file.write(array.raw())))
-            file.flush()
+            data = pickle.dumps(work(), 5, buffer_callback=arrays.append)
+            try:
+                file = stack.enter_context(tempfile.NamedTemporaryFile(prefix="dfine-"))
+                file.write(data)
+                places = []
+                for array in arrays:
+                    file.seek(-file.tell() % 64, os.SEEK_CUR)  # numpy is slow with odd places
+                    places.append((file.tell(), file.write(array.raw())))
+                file.flush()
+            except OSError as error:
+                raise ValueError(
+                    f"{tempfile.gettempdir()}: cannot write what processes share ({error.strerror}): set TMPDIR to "
+                    "another folder"
+                ) from error
             return file.name, places
 
         name, places = _outcomes(None if local else write)[rank() - local]  # torchrun numbers one machine after another

@@ -152,7 +152,7 @@ def require_same(path: Path, config: ModelConfig, theirs: ModelConfig) -> None:
         for key in now
         if not key.startswith(MAY_DIFFER)
         and not _equal(meant[key], meant_there[key])
-        and not _equal(now[key], before[key])  # it means something else through another key, which is named
+        and not _equal(now[key], before[key])  # the same in both: it differs through another key, which is named
     ]
     if wrong:
         raise CheckpointError(f"{path}: its weights are of another model than this config's: {'; '.join(wrong)}")

@@ -123,7 +123,7 @@ class SyntheticPages:
     def __init__(self, pages: int, seed: int, style: str = "plain") -> None:
         self.seed, self.style, self.counts = seed, style, None
         page_size, self.draw = STYLES[style]
-        self.truth: dict[str, Any] = {}
+        self.truth: dict[tuple[int, ...], dict[str, Any]] = {}
         self.categories = [{"id": c["id"], "name": c["name"]} for c in CATEGORIES]
         self.ids = np.arange(pages)
         self.sizes = np.array([page_size(seed, i)[::-1] for i in range(pages)])
@@ -133,12 +133,10 @@ class SyntheticPages:
         return page, labels, np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
 
     def ground_truth(self, pages: Sequence[int] | None = None) -> dict[str, Any]:
-        pages = range(len(self.ids)) if pages is None else pages
-        if not self.truth:  # drawing takes a moment: once, at the first evaluation
-            self.truth = coco_dict(self.seed, len(self.ids), self.draw)
-        own = set(pages)
-        annotations = [thing for thing in self.truth["annotations"] if thing["image_id"] in own]
-        return self.truth | {"images": [self.truth["images"][page] for page in pages], "annotations": annotations}
+        own = tuple(range(len(self.ids)) if pages is None else pages)
+        if own not in self.truth:  # drawing takes a moment: once, at the first evaluation
+            self.truth = {own: coco_dict(self.seed, own, self.draw)}
+        return self.truth[own]
 
     def summary(self, queries: int) -> str:
         return f"{len(self.ids)} drawn pages of seed {self.seed}, {self.style}"
@@ -252,7 +250,10 @@ def _parse(data: bytes) -> Any:
 
 def _checked(where: str, entry: Any) -> Annotation:
     """An annotation that msgspec does not take: says what is wrong with it, if anything."""
-    entry = json.loads(bytes(entry)) if isinstance(entry, msgspec.Raw) else entry
+    try:
+        entry = json.loads(bytes(entry)) if isinstance(entry, msgspec.Raw) else entry
+    except (ValueError, RecursionError) as error:
+        raise PageError(f"{where}: not JSON: {error}") from error
     _check(where, entry, {"image_id": int, "category_id": int, "bbox": list})
     box = entry["bbox"]
     if len(box) != 4 or not all(map(_is_number, box)):

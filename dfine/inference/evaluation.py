@@ -215,22 +215,22 @@ def coco_metrics(ground_truth: dict[str, Any], detections: np.ndarray | list[dic
         rows = [[each["image_id"], *each["bbox"], each["score"], each["category_id"]] for each in detections]
         detections = np.array(rows, dtype=np.float64).reshape(-1, 7)
     categories = sorted(ground_truth["categories"], key=lambda category: category["id"])
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints
-        result = COCOeval(iouType="bbox")
-        result.params.maxDets = MAX_DETECTIONS
-        areas = result.params.areaRng
-        matches = match(ground_truth, detections, len(categories) * len(areas))
-        kinds, world = range(len(matches)), distributed.world_size()
-        parts = {kind: distributed.gather(matches.pop(0), to=kind % world) for kind in kinds}
-        own = {kind: [page for _, page in sorted(itertools.chain(*part))] for kind, part in parts.items() if part}
-        accumulated = {kind: accumulate(pages, areas[kind % len(areas)]) for kind, pages in own.items()}
-        counts = np.zeros(3, int) + sum(seen(pages) for kind, pages in own.items() if kind % len(areas) == 0)
-        counts = [*counts, duplicates(detections), len(ground_truth["images"])]
-        everywhere = distributed.gather((accumulated, counts))
-        accumulated = dict(itertools.chain(*(part.items() for part, _ in everywhere)))
-        for i, name in enumerate(("precision", "recall")):
-            numbers = np.stack([accumulated[kind][i] for kind in kinds], axis=-2)
-            result.eval[name] = numbers.reshape(*numbers.shape[:-2], len(categories), len(areas), -1)
+    result = COCOeval(iouType="bbox")
+    result.params.maxDets = MAX_DETECTIONS
+    areas = result.params.areaRng
+    matches = match(ground_truth, detections, len(categories) * len(areas))
+    kinds, world = range(len(matches)), distributed.world_size()
+    parts = {kind: distributed.gather(matches.pop(0), to=kind % world) for kind in kinds}
+    own = {kind: [page for _, page in sorted(itertools.chain(*part))] for kind, part in parts.items() if part}
+    accumulated = {kind: accumulate(pages, areas[kind % len(areas)]) for kind, pages in own.items()}
+    counts = np.zeros(3, int) + sum(seen(pages) for kind, pages in own.items() if kind % len(areas) == 0)
+    counts = [*counts, duplicates(detections), len(ground_truth["images"])]
+    everywhere = distributed.gather((accumulated, counts))
+    accumulated = dict(itertools.chain(*(part.items() for part, _ in everywhere)))
+    for i, name in enumerate(("precision", "recall")):
+        numbers = np.stack([accumulated[kind][i] for kind in kinds], axis=-2)
+        result.eval[name] = numbers.reshape(*numbers.shape[:-2], len(categories), len(areas), -1)
+    with silence():
         result.summarize()
     precision = result.eval["precision"][:, :, :, 0]  # (IoU thresholds, recalls, classes, MAX_DETECTIONS), any area
     official, most = MAX_DETECTIONS.index(100), MAX_DETECTIONS.index(300)
@@ -249,6 +249,11 @@ def coco_metrics(ground_truth: dict[str, Any], detections: np.ndarray | list[dic
         "duplicates": double / max(1, pages),
     }
     return metrics
+
+
+def silence() -> contextlib.redirect_stdout[io.StringIO]:
+    """Around calls of pycocotools, which prints; and around nothing else, which may have something to say."""
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 class Matching(COCOeval):
@@ -276,12 +281,13 @@ def match(ground_truth: dict[str, Any], detections: np.ndarray, kinds: int) -> l
         things, rows = (slice(*np.searchsorted(of, [pages[0], pages[-1] + 1])) for of in (of_truth, of_rows))
         truth = COCO()
         truth.dataset = ground_truth | {"images": [{"id": page} for page in pages], "annotations": truths[things]}
-        truth.createIndex()
         # loadRes fails on an empty list, and gives outlines to results without.
         results = [each | {"segmentation": None} for each in coco_results(detections[order[rows]])]
-        result = Matching(truth, truth.loadRes(results) if results else COCO(), "bbox")
-        result.params.maxDets = MAX_DETECTIONS
-        result.evaluate()
+        with silence():
+            truth.createIndex()
+            result = Matching(truth, truth.loadRes(results) if results else COCO(), "bbox")
+            result.params.maxDets = MAX_DETECTIONS
+            result.evaluate()
         for kind, own in enumerate(matches):
             own += zip(pages, result.evalImgs[kind * len(pages) :], strict=False)
     return matches
@@ -298,7 +304,8 @@ def accumulate(pages: list[Any], area: list[float]) -> list[np.ndarray]:
             page and page | {key: page[key][part] for key in ("dtMatches", "dtIgnore")} for page in pages
         ]
         result._paramsEval = result.params
-        result.accumulate()
+        with silence():
+            result.accumulate()
         parts.append((result.eval["precision"][:, :, 0, 0], result.eval["recall"][:, 0, 0]))
     return [np.concatenate(both) for both in zip(*parts, strict=True)]
 

@@ -122,7 +122,7 @@ def replicated(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def exchange(now: bool, *replicas: nn.Module) -> Iterator[None]:
-    """Whether gradients of what is computed within are averaged over the processes in their backward pass, or added up.
+    """Around a forward pass: its backward pass averages gradients over the processes if `now`, else only adds them up.
 
     Of the batches of one step the last one's exchange is enough: it has the gradients of all.
     """

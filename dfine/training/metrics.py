@@ -20,8 +20,8 @@ def finite_means(step: int, batches: list[Batch], losses: list[dict[str, Tensor]
     Args:
         losses: of each batch, the same names in each; a tensor of several numbers counts as their sum.
     Raises:
-        FloatingPointError: in every process, one is not finite in any; names it, the step, and the image ids of the
-            processes whose losses are not finite (of all, where only the gradient norm is not).
+        FloatingPointError: in every process, if a value of any process is not finite; names the value, the step, and
+            the image ids of the processes whose losses are not finite (of all, where only the gradient norm is not).
     """
     means = {name: torch.stack([each[name].detach().sum() for each in losses]).mean() for name in losses[0]}
     own = torch.stack([*means.values(), norm])
@@ -57,7 +57,7 @@ class Pace:
             return None
         self.said = True
         advice = "; train.threads=1 (with --resume) loses less to them" if torch.get_num_threads() > 1 else ""
-        return f"a step takes {mean:.2g} s, at first it took {self.best:.2g}: other programs hold the cores{advice}"
+        return f"a step takes {mean:.2g} s, before it took {self.best:.2g}: other programs may hold the cores{advice}"
 
 
 def append(path: Path, line: dict[str, Any]) -> None:

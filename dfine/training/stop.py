@@ -33,7 +33,7 @@ class Stop:
         self.working.acquire()
 
     def listen(self) -> None:
-        """From now on signals no longer end the process."""
+        """From now on a first signal no longer ends the process."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.hear)
         ears, mouth = socket.socketpair()

@@ -12,7 +12,6 @@ import sys
 import time
 
 BESIDE = {
-    "alone": None,
     "a busy loop": "while True: pass",
     "system calls": "import os\nwhile True: os.stat('/')",
 }
@@ -38,11 +37,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commands", nargs="+", metavar="COMMAND")
     parser.add_argument("--repeats", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--beside", nargs="+", choices=BESIDE, default=[*BESIDE], help="default: all")
+    parser.add_argument("--beside", action="append", choices=BESIDE, help="default: both")
     options = parser.parse_args()
-    print(f"| command | {' | '.join(options.beside)} |\n|---|{'---|' * len(options.beside)}")
+    others = options.beside or [*BESIDE]
+    print(f"| command | alone | {' | '.join(others)} |\n|---|---|{'---|' * len(others)}")
     for command in options.commands:
-        turns = [[seconds(command, BESIDE[name]) for name in options.beside] for _ in range(options.repeats)]
+        turns = [
+            [seconds(command, program) for program in (None, *map(BESIDE.get, others))] for _ in range(options.repeats)
+        ]
         medians = [statistics.median(spans) for spans in zip(*turns, strict=True)]
         cells = [f"{median:.1f} s ({median / medians[0]:.2f})" for median in medians]
         print(f"| `{command}` | {' | '.join(cells)} |", flush=True)

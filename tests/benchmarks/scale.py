@@ -1,9 +1,9 @@
 """Time and memory with a data set of PubLayNet's size: `python tests/benchmarks/scale.py --out FOLDER`.
 
-Makes up the data set there, a json with outlines and links to one image, unless it is there; then measures, with as
-many processes as torchrun would start on one machine without a GPU: reading; what a loader worker copies in an epoch of
-the memory that it shares; and an evaluation, of pages with 300 made-up detections each. Prints a table: seconds, by the
-wall and of the CPU, and the peak of memory above that of a process that has imported everything. Linux only.
+Makes up the data set there, a json with outlines and links to one image, unless it is there; then measures, in
+processes like those that torchrun starts on one machine without a GPU: reading; what a loader worker copies in an epoch
+of the memory that it shares; and an evaluation, of pages with 300 made-up detections each. Prints a table: seconds, by
+the wall and of the CPU, and the peak of memory above that of a process that has imported everything. Linux only.
 """
 
 import argparse
@@ -38,10 +38,11 @@ def make(folder: Path, pages: int, boxes: int) -> None:
     """Writes pages.json, in which an annotation has some 280 bytes, and images/."""
     random = np.random.default_rng(0)
     names = [f"PMC{i // 3:07d}_{i:05d}.png" for i in range(pages)]
-    (folder / "images").mkdir(parents=True)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
     Image.new("L", (WIDTH, HEIGHT), 255).save(folder / "page.png")
     for name in names:
-        (folder / "images" / name).symlink_to("../page.png")
+        if not (folder / "images" / name).is_symlink():  # of a run that was interrupted
+            (folder / "images" / name).symlink_to("../page.png")
     entries = ({"id": i, "file_name": name, "width": WIDTH, "height": HEIGHT} for i, name in enumerate(names))
     categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES, 1)]
     with (folder / "writing").open("w") as file:
@@ -122,7 +123,7 @@ def process(rank: int, world: int, port: int, folder: Path, evaluated: int) -> N
         queue = fork.Queue()
         worker = fork.Process(target=copied_in_an_epoch, args=(pages, queue))
         worker.start()
-        distributed.say(f"| copied by a worker in an epoch | {world} | | | {queue.get():.0f} | |")
+        distributed.say(f"| copied by a worker in an epoch | {world} | | | {queue.get(timeout=600):.0f} | |")
         worker.join()
     numbers = [*range(evaluated)][rank::world]
     rows = made_up(pages, numbers)

@@ -235,10 +235,10 @@ def _add_page(data: Coco, index: int, page: Drawn) -> None:
         data["annotations"].append({**entry, "bbox": box, "area": box[2] * box[3], "iscrowd": 0})
 
 
-def coco_dict(seed: int, pages: int, draw: Draw = draw_page) -> Coco:
-    """Returns the first `pages` pages of `seed` as a COCO data set; the id of an image is its index."""
+def coco_dict(seed: int, pages: int | Sequence[int], draw: Draw = draw_page) -> Coco:
+    """The first so many pages of `seed`, or those of these numbers, as a COCO data set; image ids are these numbers."""
     data: Coco = {"images": [], "annotations": [], "categories": CATEGORIES}
-    for index in range(pages):
+    for index in range(pages) if isinstance(pages, int) else pages:
         _add_page(data, index, draw(seed, index))
     return data
 
