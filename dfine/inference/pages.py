@@ -129,7 +129,7 @@ class Detector:
             batch_size=None,
             num_workers=workers,
             collate_fn=as_it_is,
-            generator=torch.Generator(torch.get_default_device()),  # or each call would change a host's random numbers
+            generator=torch.Generator(torch.empty(0).device),  # or each call would change a host's random numbers
         )
         return self._stream(loader, threshold, dedupe, batch_size, on_error)
 
