@@ -11,9 +11,9 @@ import subprocess
 import sys
 import time
 
-BESIDE = {
-    "a busy loop": "while True: pass",
-    "system calls": "import os\nwhile True: os.stat('/')",
+BESIDE = {  # each ends with what started it
+    "a busy loop": "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(range(10**6))",
+    "system calls": "import os\nparent = os.getppid()\nwhile os.getppid() == parent: os.stat('/')",
 }
 
 
