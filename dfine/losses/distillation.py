@@ -151,7 +151,7 @@ def go_lsd(
     logits, boxes, edge_logits = (x[-1].detach() for x in teacher[:3])
     at = (matches.batch, matches.query)
     matched = torch.zeros_like(valid)  # (B, Q)
-    matched[at] = True
+    matched.index_put_(at, matched.new_ones(()))  # `= True` would wait for the GPU up to torch 2.14
     weight = logits.sigmoid().amax(-1)  # (B, Q)
     weight[at] = iou(boxes[at], torch.cat([target.boxes for target in targets])[matches.target])
 
